@@ -1,0 +1,123 @@
+"""Streaming decode with diffusers' Wan VAEs: feed latent frames as they come, get pixel frames.
+
+The first latent frame of a video becomes one pixel frame and every later one four (Wan 2.1). The
+decoder is causal in time: each convolution keeps its last inputs, so feeding one frame at a time gives
+what decoding the whole clip gives. diffusers' `decode` clears those caches at every call; this class
+owns them instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, unpatchify
+from einops import rearrange
+from torch import Tensor
+
+REPLICATE = "Rep"
+
+
+class StreamingDecoder:
+    """Latents in, frames out, with memory that does not grow.
+
+        decoder = StreamingDecoder(vae)
+        for latents in chunks:
+            frames = decoder.feed(latents)      # chunk 0 of three latent frames: 9; later ones: 12
+        tail = decoder.flush()                  # this family holds nothing back: no frames
+
+    Args:
+        vae: a Wan VAE; its `latents_mean` and `latents_std` undo the model's normalisation.
+    """
+
+    def __init__(self, vae: AutoencoderKLWan) -> None:
+        self.vae = vae
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything fed so far: the next latent frame is the first of a video."""
+        convolutions: int = self.vae._cached_conv_counts["decoder"]
+        self._features: list[Tensor | str | None] = [None] * convolutions
+        self._fed_frames = 0
+
+    @torch.no_grad()
+    def feed(self, latents: Tensor) -> Tensor:
+        """Decode the next latent frames.
+
+        Args:
+            latents: (batch, frames, channels, height, width), normalised as the transformer sees them.
+
+        Returns:
+            (batch, pixel frames, height, width, 3) uint8 on the latents' device.
+        """
+        pixels = self.pixels(denormalise(self.vae, latents))
+        scaled = pixels.float().add(1).mul(127.5).round_().clamp_(0, 255).to(torch.uint8)
+        return rearrange(scaled, "b c f h w -> b f h w c")
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        """Decode un-normalised latents (batch, frames, channels, h, w); nothing is clamped.
+
+        Returns:
+            (batch, 3, pixel frames, height, width), nominally in [-1, 1].
+        """
+        z = rearrange(latents, "b f c h w -> b c f h w").to(self.vae.dtype)
+        z = self.vae.post_quant_conv(z)
+        decoded = []
+        for i in range(z.shape[2]):
+            first = self._fed_frames == 0
+            decoded.append(
+                self.vae.decoder(
+                    z[:, :, i : i + 1], feat_cache=self._features, feat_idx=[0], first_chunk=first
+                )
+            )
+            self._fed_frames += 1
+        out = torch.cat(decoded, 2)
+        if self.vae.config.patch_size is not None:
+            out = unpatchify(out, patch_size=self.vae.config.patch_size)
+        return out
+
+    def flush(self) -> Tensor:
+        """The frames still held back: none in this family, (0, 0, 0, 3) uint8."""
+        return torch.empty(0, 0, 0, 3, dtype=torch.uint8)
+
+    def state(self) -> dict[str, Tensor]:
+        """The feature caches as named tensors, for safetensors."""
+        tensors = {f"feature.{i}": f for i, f in enumerate(self._features) if isinstance(f, Tensor)}
+        marks = [i for i, f in enumerate(self._features) if f == REPLICATE]
+        tensors["replicate"] = torch.tensor(marks, dtype=torch.int64)
+        tensors["fed_frames"] = torch.tensor(self._fed_frames)
+        return tensors
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a `state()`."""
+        self.reset()
+        device = self.vae.device
+        for name, tensor in state.items():
+            if name.startswith("feature."):
+                self._features[int(name.removeprefix("feature."))] = tensor.to(device, copy=True)
+        for i in state["replicate"].tolist():
+            self._features[i] = REPLICATE
+        self._fed_frames = int(state["fed_frames"])
+
+
+def _statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:
+    mean = torch.tensor(vae.config.latents_mean, device=like.device, dtype=like.dtype)
+    deviation = torch.tensor(vae.config.latents_std, device=like.device, dtype=like.dtype)
+    return mean.view(-1, 1, 1), deviation.view(-1, 1, 1)
+
+
+def denormalise(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
+    """What the transformer sees to what the VAE sees; (…, channels, height, width)."""
+    mean, deviation = _statistics(vae, latents)
+    return latents * deviation + mean
+
+
+def normalise(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
+    """What the VAE sees to what the transformer sees; (…, channels, height, width)."""
+    mean, deviation = _statistics(vae, latents)
+    return (latents - mean) / deviation
+
+
+def pixel_frames(latent_frames: int, temporal_scale: int = 4) -> int:
+    """Pixel frames that a video of so many latent frames has."""
+    return max(0, temporal_scale * (latent_frames - 1) + 1)
