@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vidkv.apps.train.common import Progress, Stage
 from vidkv.models.bounce.world import Scenes, Trajectory, render, sample_scenes, simulate
-from vidkv.models.vae import StreamingDecoder
+from vidkv.models.vae import decode_clip, encode_clip
 
 CONFIG = {
     "base_dim": 16,
@@ -81,9 +81,8 @@ def train(
     for step in stage.progress:
         clips = pool.clips(batch, frames)
         with accelerator.autocast():
-            posterior = stage.raw.encode(clips).latent_dist
-            latents = rearrange(posterior.sample(), "b c f h w -> b f c h w")
-            recon = StreamingDecoder(stage.raw).pixels(latents)
+            posterior = encode_clip(stage.raw, clips)
+            recon = decode_clip(stage.raw, posterior.sample())
         error = recon.float() - clips
         mse, l1 = error.square().mean(), error.abs().mean()
         kl = 0.5 * (posterior.mean.float().square() + posterior.var.float() - 1 - posterior.logvar.float()).mean()
@@ -105,7 +104,7 @@ def train(
 @torch.no_grad()
 def latent_statistics(vae: AutoencoderKLWan, pool: ClipPool) -> tuple[Tensor, Tensor]:
     """Per-channel mean and standard deviation of the latents, (16,) each."""
-    latents = torch.cat([vae.encode(pool.clips(64, 33)).latent_dist.mode().float() for _ in range(8)])
+    latents = torch.cat([encode_clip(vae, pool.clips(64, 33)).mode().float() for _ in range(8)])
     return latents.mean((0, 2, 3, 4)).cpu(), latents.std((0, 2, 3, 4)).cpu()
 
 
@@ -113,5 +112,5 @@ def latent_statistics(vae: AutoencoderKLWan, pool: ClipPool) -> tuple[Tensor, Te
 def reconstruction_psnr(vae: AutoencoderKLWan, pool: ClipPool) -> float:
     """PSNR in dB, full range 1, of clips longer than any the VAE was trained on."""
     clips = pool.clips(64, 65)
-    error = vae.decode(vae.encode(clips).latent_dist.mode()).sample - clips
+    error = decode_clip(vae, encode_clip(vae, clips).mode()).clamp(-1, 1) - clips
     return float(-10 * (error.square().mean() / 4).log10())

@@ -1,0 +1,527 @@
+"""Segments on disk are the truth; a finished video is a view of them.
+
+Every decoded chunk becomes one file `seg_00012.ts` that appears under its name only when it is
+complete and on stable storage. Preview, stop-and-keep, resume and the final mp4 all read that
+folder. A segment is a closed group of pictures without B-frames, so one packet is one frame and
+joining segments by stream copy is exact to the frame.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import itertools
+import json
+import os
+import shutil
+import stat
+import tempfile
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vidkv.errors import InputError, OutputError
+
+if TYPE_CHECKING:
+    from av.container import InputContainer, OutputContainer
+    from av.packet import Packet
+    from av.video.stream import VideoStream
+
+Frames = npt.NDArray[np.uint8] | torch.Tensor
+
+DEFAULT_CRF = 17
+FREE_MARGIN_BYTES = 64 * 2**20
+
+# untagged small video is shown as BT.601 limited range; saying so explicitly makes players that
+# read the tags agree with those that do not
+_BT601 = 6
+_LIMITED_RANGE = 1
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a video file holds: counted frames, and the rate and length that players are told."""
+
+    frames: int
+    seconds: float
+    fps: float
+    width: int
+    height: int
+    size_bytes: int
+
+
+class SegmentWriter:
+    """Writes decoded chunks, in order, as segments of one folder.
+
+        writer = SegmentWriter(Path("first.segments"), fps=16, height=64, width=64)
+        for index, frames in enumerate(chunks):
+            writer.write(index, frames)
+        write_video(writer.paths(), Path("first.mp4"), fps=16, metadata={"prompt": prompt})
+
+    Opening a folder that already holds segments continues after the last one that is readable and
+    has no gap before it. A folder has one writer at a time.
+    """
+
+    def __init__(
+        self, folder: Path, fps: int, height: int, width: int, crf: int = DEFAULT_CRF
+    ) -> None:
+        """Create the folder where needed and count the frames already in it.
+
+        Raises:
+            InputError: a side is odd or not positive, fps is not positive, or the folder holds
+                segments of another size or rate.
+            OutputError: the folder cannot be created.
+        """
+        _check_geometry(fps, height, width)
+        self.folder, self.fps, self.height, self.width, self.crf = folder, fps, height, width, crf
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(
+                f"cannot create the segment folder {folder}: {_reason(error)}; "
+                "choose another output folder"
+            ) from error
+        # first frame of every finished segment, then that of the next one
+        self._starts = [0, *itertools.accumulate(self._frames_on_disk())]
+
+    @property
+    def frames(self) -> int:
+        """Frames in the finished segments."""
+        return self._starts[-1]
+
+    def write(self, index: int, frames: Frames) -> Path:
+        """Encode one chunk and put it under its final name, durably.
+
+        Args:
+            index: number of the chunk; must be the next one, `len(self.paths())`.
+            frames: RGB, uint8, (frames, height, width, 3), on any device.
+
+        Raises:
+            InputError: wrong index, shape or dtype.
+            OutputError: the segment cannot be written; the segments before it stay as they are.
+        """
+        if index != len(self.paths()):
+            raise InputError(
+                f"segment {index} is out of order: {self.folder} continues with segment "
+                f"{len(self.paths())}; to start again earlier, call drop_from(index) first"
+            )
+        array = _as_rgb(frames, self.height, self.width)
+        data = encode_segment(array, self.fps, first_frame=self.frames, crf=self.crf)
+        path = self.folder / _segment_name(index)
+        try:
+            # whatever stands behind a gap belongs to another history and must not reappear
+            if (self.folder / _segment_name(index + 1)).exists():
+                _remove_segments(self.folder, index + 1)
+            _write_durably(path, data)
+        except OSError as error:
+            raise OutputError(
+                f"cannot write segment {path}: {_reason(error)}; the {index} segments before it "
+                "are kept: make room or choose another folder, then resume"
+            ) from error
+        self._starts.append(self.frames + len(array))
+        return path
+
+    def paths(self) -> list[Path]:
+        """The finished segments in order, from 0 without gaps."""
+        return [self.folder / _segment_name(index) for index in range(len(self._starts) - 1)]
+
+    def drop_from(self, index: int) -> None:
+        """Delete segment `index`, all later ones, and what an interrupted write left behind.
+
+        Raises:
+            InputError: the index is negative.
+            OutputError: a file cannot be deleted.
+        """
+        if index < 0:
+            raise InputError(f"segment index {index} must not be negative")
+        try:
+            _remove_segments(self.folder, index)
+        except OSError as error:
+            raise OutputError(
+                f"cannot delete segments of {self.folder}: {_reason(error)}"
+            ) from error
+        del self._starts[index + 1 :]
+
+    def _frames_on_disk(self) -> Iterator[int]:
+        for path in segment_paths(self.folder):
+            info = _scan(path)
+            if info is None:
+                return
+            expected = (self.width, self.height, self.fps)
+            if (info.width, info.height, info.fps) != expected:
+                raise InputError(
+                    f"{path} is {info.width}x{info.height} at {info.fps:g} fps, but the new "
+                    f"segments are {self.width}x{self.height} at {self.fps} fps; choose another "
+                    "folder or delete its segments"
+                )
+            yield info.frames
+
+
+def segment_paths(folder: Path) -> list[Path]:
+    """Segments found in a folder, in order from 0; what stands behind a gap is ignored."""
+    numbered = (folder / _segment_name(index) for index in itertools.count())
+    return list(itertools.takewhile(Path.exists, numbered))
+
+
+def encode_segment(
+    frames: npt.NDArray[np.uint8], fps: int, *, first_frame: int = 0, crf: int = DEFAULT_CRF
+) -> bytes:
+    """Encode RGB frames (frames, height, width, 3) as one closed-GOP MPEG-TS segment.
+
+    `first_frame` places the segment on the time line, so that segments also play when their bytes
+    are simply concatenated or served as a playlist.
+    """
+    import av
+
+    buffer = io.BytesIO()
+    # each segment restarts the packet counters; the flag tells demuxers that nothing was lost
+    options = {"mpegts_flags": "initial_discontinuity"}
+    with av.open(buffer, "w", format="mpegts", options=options) as container:
+        stream = _add_h264(container, fps, frames.shape[1], frames.shape[2], crf)
+        for offset, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            frame.pts, frame.time_base = first_frame + offset, Fraction(1, fps)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+def write_video(
+    segments: Sequence[Path],
+    out: Path,
+    fps: int,
+    metadata: Mapping[str, Any],
+    *,
+    max_frames: int | None = None,
+) -> VideoInfo:
+    """Join segments by stream copy into one mp4 that appears under its name when complete.
+
+    The file has a constant frame rate, its index before the pictures, and `metadata` as JSON in
+    the `comment` tag.
+
+    Args:
+        segments: paths in playing order.
+        out: the mp4; a file of that name is replaced.
+        fps: frames per second.
+        metadata: anything that JSON can hold.
+        max_frames: leave out what comes after this many frames.
+
+    Raises:
+        InputError: no segments, or `max_frames` below 1.
+        OutputError: a segment is damaged or of another size, or the file cannot be written; in
+            both cases nothing stands under the final name that was not there before.
+    """
+    import av
+
+    if not segments:
+        raise InputError("there are no segments to join: nothing was generated")
+    if max_frames is not None and max_frames < 1:
+        raise InputError(f"max_frames={max_frames} must be at least 1")
+    # same folder, so that the rename cannot cross file systems; unique, so that two writers of
+    # neighbouring files never meet
+    temporary = out.with_name(f".vidkv-{uuid.uuid4().hex}.tmp")
+    # half a surrogate pair can arrive from a shell and has no UTF-8 form
+    comment = json.dumps(metadata, ensure_ascii=False).encode(errors="replace").decode()
+    try:
+        frames = _remux(segments, temporary, fps, comment, max_frames)
+        info = _require_whole(temporary, frames)
+        _publish(temporary, out)
+    except (OSError, av.error.FFmpegError) as error:
+        raise OutputError(
+            f"cannot write {out}: {_reason(error)}; the segments in {segments[0].parent} are kept: "
+            "make room or choose another folder, then join them again"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return info
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The settings that `write_video` stored; empty when the file carries none.
+
+    Raises:
+        InputError: the file is missing or is not a video.
+    """
+    with _open_input(path) as container:
+        comment = container.metadata.get("comment", "")
+    try:
+        settings = json.loads(comment)
+    except ValueError:
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def probe(path: Path) -> VideoInfo:
+    """Decode a whole video and report what is in it; damaged frames are not counted.
+
+    Raises:
+        InputError: the file is missing or is not a video.
+    """
+    import av
+
+    frames = 0
+    with _open_input(path) as container:
+        stream = container.streams.video[0]
+        # a truncated file ends in an error; what was decoded before it still counts
+        with contextlib.suppress(av.error.FFmpegError):
+            for _ in container.decode(stream):
+                frames += 1
+        return _info(path, stream, frames)
+
+
+def check_output(out: Path, *, need_bytes: int = FREE_MARGIN_BYTES) -> None:
+    """Refuse an output path that cannot work, before any work is done.
+
+    Raises:
+        InputError: the name does not end in `.mp4`.
+        OutputError: the folder is missing, not writable or full, or the path is a folder.
+    """
+    if out.suffix.lower() != ".mp4":
+        raise InputError(f"output {str(out)!r} must end in .mp4")
+    folder = out.parent
+    if not folder.is_dir():
+        problem = "is not a folder" if folder.exists() else "does not exist"
+        raise OutputError(f"output folder {str(folder)!r} {problem}; create it or choose another")
+    try:
+        if _is_folder(out):
+            raise OutputError(f"output {str(out)!r} is a folder; name a file in it")
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".vidkv-"):
+            pass
+        free_bytes = shutil.disk_usage(folder).free
+    except (OSError, ValueError) as error:
+        raise OutputError(
+            f"cannot write {str(out)!r}: {_reason(error)}; choose another output"
+        ) from error
+    if free_bytes < need_bytes:
+        raise OutputError(
+            f"output folder {str(folder)!r} has {free_bytes / 2**20:.0f} MiB free, "
+            f"{need_bytes / 2**20:.0f} MiB are needed; make room or choose another"
+        )
+
+
+def _segment_name(index: int) -> str:
+    return f"seg_{index:05d}.ts"
+
+
+def _check_geometry(fps: int, height: int, width: int) -> None:
+    if fps < 1:
+        raise InputError(f"fps={fps} must be at least 1")
+    for name, side in (("height", height), ("width", width)):
+        if side < 2 or side % 2:
+            raise InputError(f"{name}={side} must be even and positive: H.264 stores 2x2 blocks")
+
+
+def _as_rgb(frames: Frames, height: int, width: int) -> npt.NDArray[np.uint8]:
+    array = frames.detach().cpu().numpy() if isinstance(frames, torch.Tensor) else frames
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1:] != (height, width, 3):
+        raise InputError(
+            f"frames must be uint8 of shape (frames, {height}, {width}, 3); "
+            f"got {array.dtype} of shape {tuple(array.shape)}"
+        )
+    if not len(array):
+        raise InputError("frames must hold at least one frame; got none")
+    return array
+
+
+def _add_h264(
+    container: OutputContainer, fps: int, height: int, width: int, crf: int
+) -> VideoStream:
+    options = {
+        "preset": "veryfast",
+        "crf": str(crf),
+        "bf": "0",
+        # longer than any chunk: the first frame is the key frame, later ones only at scene cuts
+        "g": "100000",
+    }
+    stream = container.add_stream("libx264", rate=fps, options=options)
+    stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+    context = stream.codec_context
+    context.time_base = Fraction(1, fps)
+    # a chunk is too short to pay for starting more, and the model needs the other cores
+    context.thread_count = 1
+    context.color_range = _LIMITED_RANGE
+    context.colorspace = context.color_primaries = context.color_trc = _BT601
+    return stream
+
+
+def _remux(
+    segments: Sequence[Path], out: Path, fps: int, comment: str, max_frames: int | None
+) -> int:
+    """Copy the packets of all segments into one mp4 and return how many frames it holds."""
+    import av
+
+    # a time scale that fps divides: every frame time and the total length are exact
+    scale = fps * 1000
+    options = {
+        "movflags": "+faststart",
+        "video_track_timescale": str(scale),
+        "movie_timescale": str(scale),
+    }
+    frames = 0
+    with av.open(_url(out), "w", format="mp4", options=options) as container:
+        container.metadata["comment"] = comment
+        target: VideoStream | None = None
+        for packet in itertools.islice(_packets(segments), max_frames):
+            if target is None:
+                target = container.add_stream_from_template(packet.stream)
+                target.time_base = Fraction(1, scale)
+            packet.stream, packet.time_base = target, Fraction(1, fps)
+            packet.pts = packet.dts = frames
+            packet.duration = 1
+            container.mux(packet)
+            frames += 1
+    return frames
+
+
+def _packets(segments: Sequence[Path]) -> Iterator[Packet[VideoStream]]:
+    """Packets of all segments in order; one packet is one frame."""
+    import av
+
+    size: tuple[int, int] | None = None
+    for path in segments:
+        try:
+            with av.open(_url(path)) as container:
+                stream = container.streams.video[0]
+                size = size or (stream.width, stream.height)
+                if (stream.width, stream.height) != size:
+                    raise OutputError(
+                        f"segment {path} is {stream.width}x{stream.height}, but the first one is "
+                        f"{size[0]}x{size[1]}; they cannot be joined"
+                    )
+                yield from (packet for packet in container.demux(stream) if packet.size)
+        except (av.error.FFmpegError, IndexError) as error:
+            raise OutputError(
+                f"segment {path} cannot be read: {_reason(error)}; delete it and resume"
+            ) from error
+
+
+def _scan(path: Path) -> VideoInfo | None:
+    """Count the packets of a segment without decoding; None when it cannot be read."""
+    import av
+
+    try:
+        with av.open(_url(path)) as container:
+            stream = container.streams.video[0]
+            frames = sum(1 for packet in container.demux(stream) if packet.size)
+            return _info(path, stream, frames)
+    except (av.error.FFmpegError, IndexError):
+        return None
+
+
+def _info(path: Path, stream: VideoStream, frames: int) -> VideoInfo:
+    fps = float(stream.average_rate or stream.guessed_rate or 0)
+    if stream.duration is not None and stream.time_base is not None:
+        seconds = float(stream.duration * stream.time_base)
+    else:
+        seconds = frames / fps if fps else 0.0
+    return VideoInfo(frames, seconds, fps, stream.width, stream.height, path.stat().st_size)
+
+
+@contextlib.contextmanager
+def _open_input(path: Path) -> Iterator[InputContainer]:
+    import av
+
+    try:
+        container = av.open(_url(path))
+    except (av.error.FFmpegError, OSError) as error:
+        raise InputError(f"cannot read video {path}: {_reason(error)}") from error
+    with container:
+        if not container.streams.video:
+            raise InputError(f"cannot read video {path}: it has no pictures")
+        yield container
+
+
+def _require_whole(path: Path, frames: int) -> VideoInfo:
+    """Reopen a written mp4: the muxer does not report an error of its very last flush."""
+    import av
+
+    size_bytes = path.stat().st_size
+    if sum(length for _, length in _boxes(path)) != size_bytes:
+        raise OSError(errno.ENOSPC, "the file was cut short")
+    with av.open(_url(path)) as container:
+        stream = container.streams.video[0]
+        if stream.frames != frames:
+            raise OSError(errno.EIO, f"{stream.frames} of {frames} frames were stored")
+        return _info(path, stream, frames)
+
+
+def _boxes(path: Path) -> Iterator[tuple[str, int]]:
+    """Top-level boxes of an mp4 as (type, length in bytes), as their headers claim."""
+    with path.open("rb") as file:
+        while len(header := file.read(8)) == 8:
+            length, kind = int.from_bytes(header[:4], "big"), header[4:].decode("latin-1")
+            if length == 1:
+                length = int.from_bytes(file.read(8), "big")
+                yield kind, length
+                file.seek(length - 16, os.SEEK_CUR)
+            elif length < 8:
+                return
+            else:
+                yield kind, length
+                file.seek(length - 8, os.SEEK_CUR)
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_bytes(data)
+        _publish(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    """Make a complete file appear under its name: content first, then name, both durable."""
+    _fsync(temporary, os.O_RDONLY)
+    os.replace(temporary, final)
+    try:
+        _fsync(final.parent, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        # some network file systems cannot sync a folder; the rename itself has succeeded
+        if error.errno != errno.EINVAL:
+            raise
+
+
+def _fsync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_segments(folder: Path, first: int) -> None:
+    # lowest first: one deletion makes a gap, and what is behind a gap does not count
+    for path in sorted(folder.glob("seg_*.ts")):
+        digits = path.stem.removeprefix("seg_")
+        if digits.isdecimal() and int(digits) >= first:
+            path.unlink(missing_ok=True)
+    for path in folder.glob(".seg_*.ts.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except FileNotFoundError:
+        return False
+
+
+def _url(path: Path) -> str:
+    """An absolute path: a relative one with a colon would be read as a protocol."""
+    return str(path.absolute())
+
+
+def _reason(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
