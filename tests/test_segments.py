@@ -128,9 +128,14 @@ class TestFrameExactness:
             decoded = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
         assert np.abs(decoded.astype(int) - frames).max() <= 4
 
+    def test_same_frames_give_same_bytes(self, tmp_path: Path) -> None:
+        first, second = written(tmp_path / "a"), written(tmp_path / "b")
+        for one, other in zip(first.paths(), second.paths(), strict=True):
+            assert one.read_bytes() == other.read_bytes()
+
     def test_max_frames_trims_the_last_chunk(self, tmp_path: Path) -> None:
-        out = tmp_path / "o.mp4"
-        assert write_video(written(tmp_path / "s").paths(), out, FPS, {}, max_frames=40).frames == 40
+        paths, out = written(tmp_path / "s").paths(), tmp_path / "o.mp4"
+        assert write_video(paths, out, FPS, {}, max_frames=40).frames == 40
         assert indices(out) == list(range(40))
 
     def test_tensors_and_strided_arrays_are_taken(self, tmp_path: Path) -> None:
@@ -213,6 +218,21 @@ class TestFolder:
         out = tmp_path / "o.mp4"
         write_video(writer.paths(), out, FPS, {})
         assert indices(out) == list(range(33))
+
+    @pytest.mark.parametrize("fps", [1, 16, 24, 30])
+    def test_tiny_black_segments_are_recognised_again(self, tmp_path: Path, fps: int) -> None:
+        """FFmpeg overlooks a file of eight packets, and doubles the rate of a single frame."""
+        writer = SegmentWriter(tmp_path / "s", fps, HEIGHT, WIDTH)
+        for index, count in enumerate((1, 2, 3)):
+            writer.write(index, np.zeros((count, HEIGHT, WIDTH, 3), dtype=np.uint8))
+        assert SegmentWriter(tmp_path / "s", fps, HEIGHT, WIDTH).frames == 6
+        assert [(probe(p).frames, probe(p).fps) for p in writer.paths()] == [
+            (1, fps),
+            (2, fps),
+            (3, fps),
+        ]
+        assert write_video(writer.paths(), tmp_path / "o.mp4", fps, {}).frames == 6
+        assert probe(tmp_path / "o.mp4").fps == fps
 
     def test_dropping_rewinds(self, tmp_path: Path) -> None:
         writer = written(tmp_path)

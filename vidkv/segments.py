@@ -108,10 +108,11 @@ class SegmentWriter:
             InputError: wrong index, shape or dtype.
             OutputError: the segment cannot be written; the segments before it stay as they are.
         """
-        if index != len(self.paths()):
+        following = len(self._starts) - 1
+        if index != following:
             raise InputError(
                 f"segment {index} is out of order: {self.folder} continues with segment "
-                f"{len(self.paths())}; to start again earlier, call drop_from(index) first"
+                f"{following}; to start again earlier, call drop_from(index) first"
             )
         array = _as_rgb(frames, self.height, self.width)
         data = encode_segment(array, self.fps, first_frame=self.frames, crf=self.crf)
@@ -339,6 +340,9 @@ def _add_h264(
         "preset": "veryfast",
         "crf": str(crf),
         "bf": "0",
+        # no look-ahead: a dozen frames gain little from it, and with x264's macroblock tree about
+        # one encode in a hundred gave other bytes for the same frames
+        "tune": "zerolatency",
         # longer than any chunk: the first frame is the key frame, later ones only at scene cuts
         "g": "100000",
     }
@@ -389,7 +393,7 @@ def _packets(segments: Sequence[Path]) -> Iterator[Packet[VideoStream]]:
     size: tuple[int, int] | None = None
     for path in segments:
         try:
-            with av.open(_url(path)) as container:
+            with av.open(_url(path), "r", format=_format(path)) as container:
                 stream = container.streams.video[0]
                 size = size or (stream.width, stream.height)
                 if (stream.width, stream.height) != size:
@@ -409,7 +413,7 @@ def _scan(path: Path) -> VideoInfo | None:
     import av
 
     try:
-        with av.open(_url(path)) as container:
+        with av.open(_url(path), "r", format=_format(path)) as container:
             stream = container.streams.video[0]
             frames = sum(1 for packet in container.demux(stream) if packet.size)
             return _info(path, stream, frames)
@@ -418,7 +422,9 @@ def _scan(path: Path) -> VideoInfo | None:
 
 
 def _info(path: Path, stream: VideoStream, frames: int) -> VideoInfo:
-    fps = float(stream.average_rate or stream.guessed_rate or 0)
+    # the spacing of one or two frames of a segment tells no rate; what the encoder stored does
+    rate = stream.codec_context.framerate if path.suffix == ".ts" else stream.average_rate
+    fps = float(rate or 0)
     if stream.duration is not None and stream.time_base is not None:
         seconds = float(stream.duration * stream.time_base)
     else:
@@ -431,7 +437,7 @@ def _open_input(path: Path) -> Iterator[InputContainer]:
     import av
 
     try:
-        container = av.open(_url(path))
+        container = av.open(_url(path), "r", format=_format(path))
     except (av.error.FFmpegError, OSError) as error:
         raise InputError(f"cannot read video {path}: {_reason(error)}") from error
     with container:
@@ -521,6 +527,11 @@ def _is_folder(path: Path) -> bool:
 def _url(path: Path) -> str:
     """An absolute path: a relative one with a colon would be read as a protocol."""
     return str(path.absolute())
+
+
+def _format(path: Path) -> str | None:
+    """Named for segments: a few frames of flat colour are too short to be recognised."""
+    return "mpegts" if path.suffix == ".ts" else None
 
 
 def _reason(error: BaseException) -> str:

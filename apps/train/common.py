@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,32 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
+
+
+Losses = Callable[..., dict[str, Tensor]]
+EMA_EVERY = 4
+
+
+class _Graph:
+    """A training step captured as a CUDA graph; called with inputs of the captured shapes."""
+
+    def __init__(self, step: Callable[..., dict[str, Tensor]], inputs: tuple[Tensor, ...]) -> None:
+        self.inputs = tuple(tensor.clone() for tensor in inputs)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step(*self.inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.values = step(*self.inputs)
+
+    def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given)
+        self.graph.replay()
+        return self.values
 
 
 @dataclass
@@ -77,26 +104,58 @@ class Stage:
     ) -> None:
         self.name, self.folder, self.accelerator = name, folder, accelerator
         self.progress, self.peak = progress, peak
-        fused = accelerator.device.type == "cuda"
+        self.on_gpu = accelerator.device.type == "cuda"
         optimizer = torch.optim.AdamW(
-            model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=weight_decay, fused=fused
+            model.parameters(),
+            lr=torch.tensor(peak) if self.on_gpu else peak,
+            betas=(0.9, 0.98),
+            weight_decay=weight_decay,
+            fused=self.on_gpu,
+            capturable=self.on_gpu,
         )
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.raw: nn.Module = accelerator.unwrap_model(self.model)
-        self.ema = EMAModel(self.raw.parameters(), decay=ema_decay, use_ema_warmup=True, power=0.75)
+        self.ema = EMAModel(
+            self.raw.parameters(), decay=ema_decay, use_ema_warmup=True, power=0.75, foreach=True
+        )
+        self._graphs: dict[str, _Graph] = {}
         folder.mkdir(parents=True, exist_ok=True)
         self._resume()
 
-    def update(self, loss: Tensor) -> None:
-        """One optimizer step on `loss`."""
+    def update(self, key: str, losses: Losses, *inputs: Tensor) -> dict[str, Tensor]:
+        """One optimizer step on `losses(*inputs)["loss"]`.
+
+        On a GPU the step is captured once per `key` as a CUDA graph and replayed: these models are so
+        small that launching their kernels takes longer than running them.
+
+        Args:
+            key: name of this kind of step; inputs keep their shapes under one key.
+            losses: gives named scalars, "loss" among them; it must not wait for the device.
+        """
         rate = learning_rate(self.peak, self.progress.step, self.progress.fraction)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.accelerator.backward(loss)
-        self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        if not self.on_gpu:
+            values = self._step(losses, *inputs)
+        else:
+            if key not in self._graphs:
+                self._graphs[key] = _Graph(partial(self._step, losses), inputs)
+            values = self._graphs[key](*inputs)
+        if self.progress.step % EMA_EVERY == 0:
+            self.ema.step(self.raw.parameters())
+        return values
+
+    def _step(self, losses: Losses, *inputs: Tensor) -> dict[str, Tensor]:
+        with self.accelerator.autocast():
+            values = losses(*inputs)
         self.optimizer.zero_grad(set_to_none=True)
-        self.ema.step(self.raw.parameters())
+        values["loss"].backward()
+        nn.utils.clip_grad_norm_(self.raw.parameters(), 1.0)
+        self.optimizer.optimizer.step()
+        return {name: value.detach() for name, value in values.items()}
 
     def log(self, **values: Any) -> None:
         """Append one line to the curve; tensors are read back here and nowhere else."""

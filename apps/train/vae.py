@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -72,33 +73,45 @@ def train(
     batch: int,
     frames: int = 17,
     peak: float = 2e-3,
+    init: Path | None = None,
 ) -> AutoencoderKLWan:
-    """Train the VAE and write it, with the latents' mean and deviation in its configuration."""
+    """Train the VAE and write it, with the latents' mean and deviation in its configuration.
+
+    Args:
+        steps, minutes: the stage ends at whichever comes first.
+        batch, frames: clips per step and pixel frames per clip (4n+1).
+        init: a saved VAE to start from instead of random weights.
+    """
     torch.manual_seed(0)
     generator = torch.Generator(accelerator.device).manual_seed(1)
-    stage = Stage("vae", build(), folder, accelerator, Progress(steps, minutes), peak)
+    vae = AutoencoderKLWan.from_pretrained(init) if init else build()
+    stage = Stage("vae", vae, folder, accelerator, Progress(steps, minutes), peak)
     pool = ClipPool(generator)
     for step in stage.progress:
-        clips = pool.clips(batch, frames)
-        with accelerator.autocast():
-            posterior = encode_clip(stage.raw, clips)
-            recon = decode_clip(stage.raw, posterior.sample())
-        error = recon.float() - clips
-        mse, l1 = error.square().mean(), error.abs().mean()
-        kl = 0.5 * (posterior.mean.float().square() + posterior.var.float() - 1 - posterior.logvar.float()).mean()
-        stage.update(mse + 0.1 * l1 + KL_WEIGHT * kl)
+        values = stage.update("vae", partial(losses, stage.raw), pool.clips(batch, frames))
         if step % 100 == 0:
-            stage.log(psnr_db=-10 * (mse / 4).log10(), l1=l1, kl=kl)
+            stage.log(**values)
         if step % 1000 == 999:
             stage.save()
     stage.save()
-    vae: AutoencoderKLWan = stage.use_average().eval()
+    vae = stage.use_average().eval()
     mean, deviation = latent_statistics(vae, pool)
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=deviation.tolist())
     psnr = reconstruction_psnr(vae, pool)
     stage.log(final_psnr_db=psnr)
     vae.save_pretrained(folder / "pipeline" / "vae")
     return vae
+
+
+def losses(vae: AutoencoderKLWan, clips: Tensor) -> dict[str, Tensor]:
+    """Squared and absolute error of the reconstruction, and a light pull of the latents to N(0, 1)."""
+    posterior = encode_clip(vae, clips)
+    error = decode_clip(vae, posterior.sample()).float() - clips
+    mean, logvar = posterior.mean.float(), posterior.logvar.float()
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    mse, l1 = error.square().mean(), error.abs().mean()
+    loss = mse + 0.1 * l1 + KL_WEIGHT * kl
+    return {"loss": loss, "psnr_db": -10 * (mse / 4).log10(), "l1": l1, "kl": kl}
 
 
 @torch.no_grad()

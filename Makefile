@@ -1,0 +1,69 @@
+# Two commands matter: `make video` and `make test`. Each sets up what it needs, once.
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PROMPT ?= a red circle and a blue square bouncing
+WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help video test venv lint types format wheel check clean
+
+help:  ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1@/p' $(MAKEFILE_LIST) | tr '@' '\t'
+
+video: $(READY)  ## generate a minute of video, first.mp4
+	$(BIN)/vidkv generate "$(PROMPT)" --seconds 60 --out first.mp4
+
+# one thread per worker: two workers with all cores each slow one another down
+test: $(READY)  ## run the whole CPU test suite (ARGS="-k name" narrows it)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --timeout 900 --durations 10 $(ARGS)
+
+lint: $(READY)  ## check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)  ## repair style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(READY)  ## check types
+	$(BIN)/mypy
+
+check: lint types test  ## everything that must hold before a commit
+
+wheel: $(READY)  ## build source archive and wheel in dist/
+	rm -rf build dist
+	$(BIN)/python -m build
+
+clean:  ## remove build results and caches, but not the virtual environment
+	rm -rf build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+venv: $(READY)  ## create .venv and install vidkv with its tools
+
+# an environment that works is kept, so a changed requirement costs one pip run; a broken one, or
+# one of an older Python, is made anew
+$(READY): pyproject.toml constraints.txt
+	@usable='import sys, pip; sys.exit(sys.version_info < (3, 11))'; \
+	if ! $(BIN)/python -c "$$usable" 2>/dev/null; then \
+	  python=; tried="$(or $(PYTHON),python3 python3.13 python3.12 python3.11)"; \
+	  for candidate in $$tried; do \
+	    if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
+	    then python=$$candidate; break; fi; \
+	  done; \
+	  if [ -z "$$python" ]; then \
+	    echo "vidkv needs Python 3.11 or newer; tried: $$tried." >&2; \
+	    echo "Install one, or name it: make PYTHON=/path/to/python3 $(or $(MAKECMDGOALS),venv)" >&2; \
+	    exit 1; \
+	  fi; \
+	  if ! $$python -c 'import ensurepip, venv' 2>/dev/null; then \
+	    echo "$$python cannot make virtual environments (no venv or ensurepip module)." >&2; \
+	    echo "Debian and Ubuntu: apt-get install python3-venv; or name another: make PYTHON=..." >&2; \
+	    exit 1; \
+	  fi; \
+	  echo "$$python -m venv $(VENV)"; \
+	  $$python -m venv --clear $(VENV); \
+	fi
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,9 @@
+"""Page formats by name. A new format is one module here and one line in `FORMATS`."""
+
+from vidkv.cache.formats.base import PageFormat
+from vidkv.cache.formats.int8 import Int8
+from vidkv.cache.formats.plain import BF16, FP32
+
+FORMATS: dict[str, type[PageFormat]] = {"fp32": FP32, "bf16": BF16, "int8": Int8}
+
+__all__ = ["BF16", "FP32", "FORMATS", "Int8", "PageFormat"]

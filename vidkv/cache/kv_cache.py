@@ -1,0 +1,383 @@
+"""The chunked temporal KV cache of one rollout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vidkv.cache.formats import FORMATS
+from vidkv.cache.formats.base import PageFormat
+from vidkv.cache.layout import Layout, OpenChunk
+from vidkv.cache.pool import PagePool
+from vidkv.cache.spec import CacheGeometry, CacheSpec
+from vidkv.errors import CacheStateError, StateError
+
+
+class State(Enum):
+    """What a cache is in the middle of."""
+
+    IDLE = "idle"
+    OPEN = "open"
+    COMMITTING = "committing"
+    BROKEN = "broken"
+
+
+@dataclass(frozen=True)
+class Page:
+    """Where one latent frame lies: a pool (`pages` or `full`) and a slot there."""
+
+    pool: str
+    slot: int
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Pages that a read brings into scratch together, in position order.
+
+    Attributes:
+        runs: (pool, slots int64) of neighbouring pages in one pool.
+        positions: temporal positions of the pages.
+    """
+
+    runs: tuple[tuple[str, Tensor], ...]
+    positions: tuple[int, ...]
+
+
+def planned_pools(
+    spec: CacheSpec, geometry: CacheGeometry, dtype: torch.dtype
+) -> dict[str, tuple[PageFormat, int]]:
+    """The pools that a cache allocates, by name: (format, slots).
+
+    `pages` holds frames in the format of the spec; `full` exists only when a lossy spec keeps sinks or
+    the newest frames in the 16-bit (or fp32) format of the compute `dtype`. Each has room for its own
+    worst case: right after the start the sinks are the newest frames.
+    """
+    chosen = FORMATS[spec.format](spec, geometry)
+    capacity = spec.capacity(geometry.chunk_frames)
+    full, pages = 0, capacity
+    if not chosen.lossless:
+        sinks = spec.sink if spec.keep_sinks else 0
+        newest = geometry.chunk_frames if spec.keep_newest else 0
+        full = sinks + min(newest, capacity - sinks)
+        pages = capacity - sinks - min(newest, capacity - spec.sink)
+    pools = {"pages": (chosen, pages)}
+    if full:
+        plain = FORMATS["fp32" if dtype == torch.float32 else "bf16"](spec, geometry)
+        pools["full"] = (plain, full)
+    return pools
+
+
+def planned_bytes(spec: CacheSpec, geometry: CacheGeometry, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Bytes of a cache: its pools and, for formats that need them, the key means."""
+    pools = planned_pools(spec, geometry, dtype)
+    pages = sum(f.bytes_per_page() * geometry.layers * slots for f, slots in pools.values())
+    return pages + (_mean_elements(geometry) * 4 if pools["pages"][0].uses_key_mean else 0)
+
+
+def _mean_elements(geometry: CacheGeometry) -> int:
+    return geometry.layers * geometry.batch * geometry.kv_heads * geometry.head_dim
+
+
+class KVCache:
+    """Pages of the frames that later chunks may read, and the rules by which they change.
+
+        cache.begin(3)                      # idle -> open: fixes what this chunk reads
+        …denoising steps read…
+        with cache.committing():            # open -> committing -> idle
+            …the clean pass reads each layer, then writes it…
+
+    A page is written once, by the clean pass, and never changed. Slots of frames that leave are reused:
+    each layer is written after it has been read, so the pool holds `window - chunk` frames and no more.
+    An exception inside `committing` leaves the cache broken, because some layers may hold the new chunk
+    and others not; `restore` is the way back.
+
+    Args:
+        spec: settings.
+        geometry: page sizes.
+        dtype: compute dtype: what reads return and 16-bit pages hold.
+        pools: pools of another cache to share; by default the cache allocates its own.
+    """
+
+    def __init__(
+        self,
+        spec: CacheSpec,
+        geometry: CacheGeometry,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        pools: dict[str, PagePool] | None = None,
+    ) -> None:
+        self.spec, self.geometry, self.device, self.dtype = spec, geometry, torch.device(device), dtype
+        self.layout = Layout(spec, geometry.chunk_frames)
+        self.plan = planned_pools(spec, geometry, dtype)
+        if pools is None:
+            pools = {name: PagePool(f, slots, device) for name, (f, slots) in self.plan.items()}
+        self.pools = pools
+        self.table: dict[int, Page] = {}
+        self.state = State.IDLE
+        self.opened: OpenChunk | None = None
+        self.segments: tuple[Segment, ...] = ()
+        self.key_mean: Tensor | None = None
+        if self.plan["pages"][0].uses_key_mean:
+            g = geometry
+            self.key_mean = torch.zeros(g.layers, g.batch, g.kv_heads, g.head_dim, device=device)
+        self._mean_frozen = False
+        self._commit: _Commit | None = None
+        self.pages_read = 0
+        self.lossy_pages_read = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated: pools, each storage counted once, and key means."""
+        means = self.key_mean.nbytes if self.key_mean is not None else 0
+        return sum(pool.nbytes for pool in self.pools.values()) + means
+
+    @property
+    def bytes_per_frame(self) -> int:
+        """Bytes of one committed latent frame over all layers, in the format of the spec."""
+        return self.plan["pages"][0].bytes_per_page() * self.geometry.layers
+
+    def begin(self, frames: int) -> OpenChunk:
+        """Open the next chunk; from here on what it reads is fixed."""
+        self._expect(State.IDLE)
+        self.opened = self.layout.begin(frames)
+        self.segments = self._read_plan(self.opened)
+        self.state = State.OPEN
+        return self.opened
+
+    def abandon(self) -> None:
+        """Give the open chunk up; the cache is as it was before `begin`."""
+        self._expect(State.OPEN)
+        self.layout.abandon()
+        self.opened, self.segments, self.state = None, (), State.IDLE
+
+    @contextmanager
+    def committing(self) -> Iterator[None]:
+        """The clean pass of the open chunk: every layer must be read and then written once inside."""
+        self._expect(State.OPEN)
+        self.state = State.COMMITTING
+        try:
+            self._commit = self._plan_commit()
+            yield
+            missing = self.geometry.layers - len(self._commit.written)
+            if missing:
+                raise CacheStateError(f"the clean pass left {missing} of {self.geometry.layers} layers unwritten")
+        except BaseException:
+            self.state = State.BROKEN
+            raise
+        self._finish(self._commit)
+
+    def read(self, layer: int, segment: Segment) -> tuple[Tensor, Tensor]:
+        """Decode one segment of one layer: keys (without frame rotation) and values.
+
+        Returns:
+            k, v: (batch, kv_heads, pages, tokens, head_dim) in the compute dtype.
+        """
+        mean = self.key_mean[layer] if self.key_mean is not None else None
+        parts = []
+        for name, slots in segment.runs:
+            pool = self.pools[name]
+            parts.append(pool.format.read(pool.storage, layer, slots, self.dtype, mean))
+            self.pages_read += len(slots)
+            self.lossy_pages_read += 0 if pool.format.lossless else len(slots)
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat([k for k, _ in parts], 2), torch.cat([v for _, v in parts], 2)
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Commit one layer of the open chunk; the layer must not be read again in this pass.
+
+        Args:
+            k, v: (batch, kv_heads, frames, tokens, head_dim); k with row and column rotation only.
+        """
+        self._expect(State.COMMITTING)
+        assert self._commit is not None
+        if layer in self._commit.written:
+            raise CacheStateError(f"layer {layer} of this chunk is committed already")
+        self._commit.written.add(layer)
+        if self.key_mean is not None and not self._mean_frozen:
+            self.key_mean[layer] = k.float().mean((2, 3))
+        mean = self.key_mean[layer] if self.key_mean is not None else None
+        full, pages = self.pools.get("full"), self.pools["pages"]
+        for source, target in self._commit.demotions:
+            assert full is not None
+            slots = torch.tensor([source], device=self.device)
+            old_k, old_v = full.format.read(full.storage, layer, slots, self.dtype, None)
+            pages.format.write(pages.storage, layer, [target], old_k, old_v, mean)
+        for name, (indices, slots_) in self._commit.writes.items():
+            pool = self.pools[name]
+            pool.format.write(pool.storage, layer, slots_, k[:, :, indices], v[:, :, indices], mean)
+
+    def fork(self) -> KVCache:
+        """A second cache with the same history; pages are shared until each has moved on."""
+        self._expect(State.IDLE)
+        for name, (_, slots) in self.plan.items():
+            self.pools[name].reserve(slots)
+        other = KVCache(self.spec, self.geometry, self.device, self.dtype, self.pools)
+        other.layout = self.layout.copy()
+        other.table = dict(self.table)
+        for page in self.table.values():
+            self.pools[page.pool].retain(page.slot)
+        if self.key_mean is not None:
+            other.key_mean = self.key_mean.clone()
+        other._mean_frozen = self._mean_frozen
+        return other
+
+    def close(self) -> None:
+        """Let go of all pages; for a cache whose pools live on in a fork."""
+        for page in self.table.values():
+            self.pools[page.pool].release(page.slot)
+        for name, (_, slots) in self.plan.items():
+            self.pools[name].cancel(slots)
+        self.table, self.state = {}, State.BROKEN
+
+    def state_tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything a restore needs: page bytes in position order, and a JSON-able header."""
+        self._expect(State.IDLE)
+        tensors: dict[str, Tensor] = {}
+        for name, pool in self.pools.items():
+            slots = [self.table[f].slot for f in self.layout.resident if self.table[f].pool == name]
+            for key, buffer in pool.storage.items():
+                tensors[f"{name}.{key}"] = buffer[:, slots].cpu().contiguous()
+        if self.key_mean is not None:
+            tensors["key_mean"] = self.key_mean.cpu()
+        header = {
+            "spec": self.spec.model_dump(),
+            "resident": [[frame, self.table[frame].pool] for frame in self.layout.resident],
+            "next_frame": self.layout.next_frame,
+            "mean_frozen": self._mean_frozen,
+        }
+        return tensors, header
+
+    def restore(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+        """Become the cache that `state_tensors` described.
+
+        Raises:
+            StateError: it was saved with other settings or another geometry.
+        """
+        saved = CacheSpec.of(header["spec"])
+        if saved != self.spec:
+            raise StateError(f"the state was saved with the cache {saved}, this rollout has {self.spec}")
+        for page in self.table.values():
+            self.pools[page.pool].release(page.slot)
+        self.table = {}
+        counters = dict.fromkeys(self.pools, 0)
+        for frame, name in header["resident"]:
+            pool, index = self.pools[name], counters[name]
+            counters[name] += 1
+            slot = pool.acquire()
+            expected = {key: buffer[:, slot].shape for key, buffer in pool.storage.items()}
+            pages = {key: tensors[f"{name}.{key}"][:, index] for key in expected}
+            for key, page_bytes in pages.items():
+                if page_bytes.shape != expected[key]:
+                    raise StateError(
+                        f"the saved {key} pages are {tuple(page_bytes.shape)}, this model needs "
+                        f"{tuple(expected[key])}; restore with the model and size it was saved with"
+                    )
+            pool.load(slot, pages)
+            self.table[frame] = Page(name, slot)
+        if self.key_mean is not None:
+            self.key_mean.copy_(tensors["key_mean"])
+        self._mean_frozen = header["mean_frozen"]
+        self.layout = Layout(self.spec, self.geometry.chunk_frames)
+        self.layout.resident = tuple(frame for frame, _ in header["resident"])
+        self.layout.next_frame = header["next_frame"]
+        self.opened, self.segments, self._commit, self.state = None, (), None, State.IDLE
+
+    def check_integrity(self) -> None:
+        """Audit the page table.
+
+        Raises:
+            CacheStateError: naming the first rule that does not hold.
+        """
+        if set(self.table) != set(self.layout.resident):
+            raise CacheStateError(f"pages {sorted(self.table)} but resident frames {self.layout.resident}")
+        if len(self.table) > self.layout.capacity:
+            raise CacheStateError(f"{len(self.table)} resident frames, capacity {self.layout.capacity}")
+        if len({(p.pool, p.slot) for p in self.table.values()}) != len(self.table):
+            raise CacheStateError("two frames lie in one slot")
+        if list(self.layout.resident) != sorted(self.layout.resident):
+            raise CacheStateError(f"resident frames are out of order: {self.layout.resident}")
+        for frame, page in self.table.items():
+            if self.pools[page.pool].references[page.slot] < 1:
+                raise CacheStateError(f"frame {frame} lies in slot {page.slot}, which is free")
+        sinks = {frame for frame in range(min(self.spec.sink, self.layout.next_frame))}
+        if self.spec.policy == "sink_window" and not sinks <= set(self.table):
+            raise CacheStateError(f"sink frames {sorted(sinks - set(self.table))} are gone")
+
+    def _expect(self, state: State) -> None:
+        if self.state is not state:
+            raise CacheStateError(f"the cache is {self.state.value}, this needs it {state.value}")
+
+    def _read_plan(self, chunk: OpenChunk) -> tuple[Segment, ...]:
+        """Cut the history at fixed boundaries, whatever the slots, so that sums do not depend on them."""
+        size = self.spec.segment
+        segments = []
+        for start in range(0, len(chunk.history), size):
+            frames = chunk.history[start : start + size]
+            runs = tuple(
+                (name, torch.tensor([self.table[f].slot for f in group], device=self.device))
+                for name, group in groupby(frames, key=lambda f: self.table[f].pool)
+            )
+            segments.append(Segment(runs, chunk.positions[start : start + size]))
+        return tuple(segments)
+
+    def _pool_of(self, frame: int) -> str:
+        """Where a frame belongs once the open chunk is the newest committed one."""
+        assert self.opened is not None
+        if "full" not in self.pools:
+            return "pages"
+        sink = self.spec.keep_sinks and frame < self.spec.sink
+        end = self.opened.start + self.opened.frames
+        newest = self.spec.keep_newest and frame >= end - self.geometry.chunk_frames
+        return "full" if sink or newest else "pages"
+
+    def _plan_commit(self) -> _Commit:
+        """Reassign slots on the host: leaving pages, demotions and the new chunk."""
+        assert self.opened is not None
+        start = self.opened.start
+        kept = self.layout.after_commit()
+        for frame in [f for f in self.table if f not in kept]:
+            page = self.table.pop(frame)
+            self.pools[page.pool].release(page.slot)
+        demotions = []
+        for frame, page in list(self.table.items()):
+            if page.pool == "full" and self._pool_of(frame) == "pages":
+                target = Page("pages", self.pools["pages"].acquire())
+                demotions.append((page.slot, target.slot))
+                self.pools["full"].release(page.slot)
+                self.table[frame] = target
+        writes: dict[str, tuple[list[int], list[int]]] = {}
+        for frame in (f for f in kept if f >= start):
+            page = Page(self._pool_of(frame), self.pools[self._pool_of(frame)].acquire())
+            self.table[frame] = page
+            indices, slots = writes.setdefault(page.pool, ([], []))
+            indices.append(frame - start)
+            slots.append(page.slot)
+        return _Commit(tuple(demotions), writes, set())
+
+    def _finish(self, commit: _Commit) -> None:
+        self.layout.commit()
+        self._mean_frozen = True
+        self.opened, self.segments, self._commit, self.state = None, (), None, State.IDLE
+
+
+@dataclass
+class _Commit:
+    """Slot assignments of one clean pass.
+
+    Attributes:
+        demotions: (slot in `full`, slot in `pages`) of the chunk that is newest no longer.
+        writes: per pool, indices into the chunk and the slots they go to.
+        written: layers done.
+    """
+
+    demotions: tuple[tuple[int, int], ...]
+    writes: dict[str, tuple[list[int], list[int]]]
+    written: set[int]

@@ -1,0 +1,82 @@
+"""Which latent frames are resident and where they stand in time: integers only, no tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vidkv.cache.policies import POLICIES
+from vidkv.cache.spec import CacheSpec
+from vidkv.errors import CacheStateError
+
+
+@dataclass(frozen=True)
+class OpenChunk:
+    """The chunk being denoised and what it reads.
+
+    Attributes:
+        start, frames: first latent frame and number of latent frames of the chunk.
+        history: resident frames in position order.
+        positions: their temporal positions, ascending.
+        first_position: position of the chunk's first frame; the others follow.
+    """
+
+    start: int
+    frames: int
+    history: tuple[int, ...]
+    positions: tuple[int, ...]
+    first_position: int
+
+
+class Layout:
+    """Resident frames of one rollout and how they change from chunk to chunk.
+
+    `begin` opens a chunk without changing anything; `abandon` forgets it; `commit` makes its frames
+    resident and lets the policy choose who leaves, so that between chunks at most
+    `spec.capacity(chunk_frames)` frames are resident.
+    """
+
+    def __init__(self, spec: CacheSpec, chunk_frames: int) -> None:
+        self.spec, self.chunk_frames = spec, chunk_frames
+        self.capacity = spec.capacity(chunk_frames)
+        self.policy = POLICIES[spec.policy]()
+        self.resident: tuple[int, ...] = ()
+        self.next_frame = 0
+        self.opened: OpenChunk | None = None
+
+    def begin(self, frames: int) -> OpenChunk:
+        """Open the next chunk of `frames` latent frames, at most `chunk_frames`."""
+        if self.opened is not None:
+            raise CacheStateError(f"chunk at latent frame {self.opened.start} is still open")
+        if not 1 <= frames <= self.chunk_frames:
+            raise CacheStateError(f"a chunk of {frames} latent frames; this cache takes 1 to {self.chunk_frames}")
+        if self.spec.positions == "relative":
+            positions, first = tuple(range(len(self.resident))), len(self.resident)
+        else:
+            positions, first = self.resident, self.next_frame
+        self.opened = OpenChunk(self.next_frame, frames, self.resident, positions, first)
+        return self.opened
+
+    def abandon(self) -> None:
+        """Forget the open chunk; nothing has changed."""
+        self.opened = None
+
+    def after_commit(self) -> tuple[int, ...]:
+        """Frames that will be resident once the open chunk is committed, oldest first."""
+        if self.opened is None:
+            raise CacheStateError("no chunk is open")
+        candidates = self.resident + tuple(range(self.opened.start, self.opened.start + self.opened.frames))
+        leaving = self.policy.evict(candidates, self.capacity, self.spec.sink)
+        return tuple(frame for frame in candidates if frame not in leaving)
+
+    def commit(self) -> None:
+        """Make the open chunk resident."""
+        kept = self.after_commit()
+        assert self.opened is not None
+        self.next_frame = self.opened.start + self.opened.frames
+        self.resident, self.opened = kept, None
+
+    def copy(self) -> Layout:
+        """An independent layout in the same state."""
+        other = Layout(self.spec, self.chunk_frames)
+        other.resident, other.next_frame = self.resident, self.next_frame
+        return other

@@ -1,0 +1,9 @@
+"""Eviction policies by name. A new policy is one module here and one line in `POLICIES`."""
+
+from vidkv.cache.policies.base import Policy
+from vidkv.cache.policies.sink_window import SinkWindow
+from vidkv.cache.policies.sliding_window import SlidingWindow
+
+POLICIES: dict[str, type[Policy]] = {"sliding_window": SlidingWindow, "sink_window": SinkWindow}
+
+__all__ = ["POLICIES", "Policy", "SinkWindow", "SlidingWindow"]

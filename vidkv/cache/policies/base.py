@@ -1,0 +1,23 @@
+"""What an eviction policy is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+
+class Policy(ABC):
+    """Chooses which latent frames leave the cache when a chunk is committed."""
+
+    @abstractmethod
+    def evict(self, frames: Sequence[int], capacity: int, sink: int) -> set[int]:
+        """Frames that leave.
+
+        Args:
+            frames: resident frames and those about to be committed, ascending.
+            capacity: how many may stay.
+            sink: frames with an index below this are sinks.
+
+        Returns:
+            Exactly max(0, len(frames) - capacity) of `frames`; empty when all fit.
+        """
