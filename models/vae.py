@@ -98,6 +98,12 @@ class StreamingDecoder:
         tensors["fed_frames"] = torch.tensor(self._fed_frames)
         return tensors
 
+    def copy(self) -> StreamingDecoder:
+        """An independent decoder in the same state."""
+        other = StreamingDecoder(self.vae)
+        other.restore(self.state())
+        return other
+
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a `state()`."""
         self.reset()

@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from vidkv.cache.kv_cache import KVCache
-from vidkv.cache.layout import Layout
+from vidkv.cache.layout import Layout, OpenChunk
 from vidkv.cache.spec import CacheSpec
 from vidkv.errors import CacheStateError
 from vidkv.kernels.attention import attend, attend_reference, attend_with_lse, merge
@@ -24,7 +24,6 @@ from vidkv.kernels.rope import (
     rotate,
     rotate_full,
     rotate_spatial,
-    rotate_temporal,
     spatial_phases,
     temporal_phases,
 )
@@ -57,6 +56,8 @@ class BlockCausalAttention:
 
     The layout of the cache is run over the chunk schedule on the host; the frames it would read for each
     chunk become one index table. So training sees sinks, window and positions exactly as a rollout does.
+    Keys are rotated once per (frame, position) that occurs, in coordinates in which a chunk stands at its
+    true frame index, and then gathered.
 
     With `clean_history` the clip is given twice along the frame axis, clean frames first and noisy ones
     after: clean chunks read clean history and themselves, noisy chunks read clean history and
@@ -77,61 +78,68 @@ class BlockCausalAttention:
         clean_history: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
-        self.height, self.width = height, width
+        self.height, self.width, self.device = height, width, device
         reads = _reads(spec, chunks)
         frames, longest, copies = sum(chunks), max(chunks), 2 if clean_history else 1
-        keys = max(len(history) for history, *_ in reads) + longest
+        keys = max(len(read.history) for read in reads) + longest
         rows = copies * len(reads)
-        query_frames = torch.zeros(rows, longest, dtype=torch.int64)
-        query_valid = torch.zeros(rows, longest, dtype=torch.bool)
-        key_frames = torch.zeros(rows, keys, dtype=torch.int64)
+        queries = torch.full((rows, longest), -1)
+        bank = {(frame, frame % frames): frame for frame in range(copies * frames)}
+        key_index = torch.zeros(rows, keys, dtype=torch.int64)
         key_valid = torch.zeros(rows, keys, dtype=torch.bool)
-        query_positions = torch.zeros(rows, longest, dtype=torch.int64)
-        key_positions = torch.zeros(rows, keys, dtype=torch.int64)
-        for copy in range(copies):
-            for c, (history, positions, start, first) in enumerate(reads):
-                row, n, past = copy * len(reads) + c, chunks[c], len(history)
-                own = torch.arange(start, start + n) + copy * frames
-                query_frames[row, :n], query_valid[row, :n] = own, True
-                query_positions[row, :n] = torch.arange(n)
-                key_frames[row, :past], key_frames[row, past : past + n] = torch.tensor(history), own
-                key_positions[row, :past] = torch.tensor(positions) - first
-                key_positions[row, past : past + n] = torch.arange(n)
-                key_valid[row, : past + n] = True
-        self.query_frames, self.key_frames = query_frames.to(device), key_frames.to(device)
-        self.query_positions, self.key_positions = query_positions.to(device), key_positions.to(device)
+        for row in range(rows):
+            copy, read = row // len(reads), reads[row % len(reads)]
+            own = range(read.start, read.start + read.frames)
+            queries[row, : read.frames] = torch.tensor(own) + copy * frames
+            shift = read.start - read.first_position
+            wanted = [(f, p + shift) for f, p in zip(read.history, read.positions, strict=True)]
+            wanted += [(f + copy * frames, f) for f in own]
+            key_index[row, : len(wanted)] = torch.tensor([bank.setdefault(w, len(bank)) for w in wanted])
+            key_valid[row, : len(wanted)] = True
+        self.bank_frames = torch.tensor([frame for frame, _ in bank], device=device)
+        self.bank_positions = torch.tensor([position for _, position in bank], device=device)
+        self.query_frames = queries.clamp_min(0).to(device)
+        self.query_positions = self.query_frames.flatten() % frames
+        self.key_index = key_index.flatten().to(device)
+        self.value_index = self.bank_frames[self.key_index]
         self.key_mask = key_valid.repeat_interleave(height * width, 1)[:, None, None].to(device)
-        flat = query_frames[query_valid]
-        self.restore_order = torch.nonzero(query_valid.flatten()).flatten()[flat.argsort()].to(device)
+        slots = torch.nonzero(queries.flatten() >= 0).flatten()
+        self.restore_order = slots[queries.flatten()[slots].argsort()].to(device)
+        self._phases: tuple[Tensor, Tensor, Tensor] | None = None
 
     def layer(self, index: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         return self._attend
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        b, head_dim = q.shape[0], q.shape[-1]
+        b = q.shape[0]
         rows, longest = self.query_frames.shape
-        spatial = spatial_phases(head_dim, self.height, self.width, q.device, q.dtype)
-        q = self._turn(rotate_spatial(q, spatial), self.query_frames, self.query_positions)
-        k = self._turn(rotate_spatial(k, spatial), self.key_frames, self.key_positions)
-        v = v[:, self.key_frames.flatten()]
+        query_phases, bank_phases, spatial = self._turns(q)
+        q = rotate_full(q[:, self.query_frames.flatten()], query_phases, spatial)
+        k = rotate_full(k[:, self.bank_frames], bank_phases, spatial)[:, self.key_index]
+        v = v[:, self.value_index]
         q, k, v = (rearrange(x, "b (r f) s n d -> (b r) n (f s) d", r=rows) for x in (q, k, v))
-        mask = self.key_mask.expand(rows, 1, longest * self.height * self.width, -1).repeat(b, 1, 1, 1)
+        mask = self.key_mask.expand(-1, 1, longest * self.height * self.width, -1).repeat(b, 1, 1, 1)
         out = rearrange(attend(q, k, v, mask), "(b r) n (f s) d -> b (r f) s n d", r=rows, f=longest)
         return out[:, self.restore_order]
 
-    @staticmethod
-    def _turn(x: Tensor, frames: Tensor, positions: Tensor) -> Tensor:
-        phases = temporal_phases(x.shape[-1], positions.flatten(), x.dtype)
-        return rotate_temporal(x[:, frames.flatten()], phases)
+    def _turns(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Phases of queries, of the key bank, and of the grid; made once."""
+        if self._phases is None:
+            d, dtype = like.shape[-1], like.dtype
+            self._phases = (
+                temporal_phases(d, self.query_positions, dtype),
+                temporal_phases(d, self.bank_positions, dtype),
+                spatial_phases(d, self.height, self.width, self.device, dtype),
+            )
+        return self._phases
 
 
-def _reads(spec: CacheSpec, chunks: Sequence[int]) -> list[tuple[list[int], list[int], int, int]]:
-    """Per chunk: frames read, their positions, the chunk's first frame and its position."""
+def _reads(spec: CacheSpec, chunks: Sequence[int]) -> list[OpenChunk]:
+    """What the cache's layout gives each chunk to read."""
     layout = Layout(spec, chunk_frames=max(chunks))
     reads = []
     for n in chunks:
-        opened = layout.begin(n)
-        reads.append((list(opened.history), list(opened.positions), opened.start, opened.first_position))
+        reads.append(layout.begin(n))
         layout.commit()
     return reads
 

@@ -113,6 +113,7 @@ class Stage:
             fused=self.on_gpu,
             capturable=self.on_gpu,
         )
+        accelerator.free_memory()
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.raw: nn.Module = accelerator.unwrap_model(self.model)
         self.ema = EMAModel(

@@ -1,0 +1,245 @@
+"""The loop over chunks: denoise, clean pass, decode."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from vidkv.attention import CachedAttention
+from vidkv.cache import CacheGeometry, CacheSpec, KVCache
+from vidkv.errors import InputError, NumericsError
+from vidkv.models.wan import CausalWanTransformer3DModel, TextContext
+from vidkv.noise import chunk_noise
+from vidkv.schedule import TRAIN_TIMESTEPS, FlowSchedule
+
+
+class Decoder(Protocol):
+    """A streaming decoder: latent frames in, pixel frames out."""
+
+    def feed(self, latents: Tensor) -> Tensor: ...
+    def flush(self) -> Tensor: ...
+    def reset(self) -> None: ...
+    def state(self) -> dict[str, Tensor]: ...
+    def restore(self, state: Mapping[str, Tensor]) -> None: ...
+    def copy(self) -> Decoder: ...
+
+
+@dataclass(frozen=True)
+class ChunkStats:
+    """What one chunk cost.
+
+    Attributes:
+        denoise_s, commit_s, decode_s: seconds of the denoising steps, the clean pass and the decoder.
+        kv_bytes: bytes of the cache.
+        resident_frames: latent frames in the cache after this chunk.
+        pages_read: pages decoded for reading, over all layers and passes; of these `lossy_pages_read`
+            came from a quantized format.
+    """
+
+    denoise_s: float
+    commit_s: float
+    decode_s: float
+    kv_bytes: int
+    resident_frames: int
+    pages_read: int
+    lossy_pages_read: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One finished chunk.
+
+    Attributes:
+        index: from 0.
+        start_frame: its first latent frame.
+        latents: (b, f, c, h, w).
+        frames: (b, pixel frames, height, width, 3) uint8, or None without a decoder.
+        stats: what it cost.
+    """
+
+    index: int
+    start_frame: int
+    latents: Tensor
+    frames: Tensor | None
+    stats: ChunkStats
+
+
+OnStep = Callable[[int, int], None]
+"""Called after each denoising step with (chunk, step); may raise `Cancelled` to stop."""
+
+
+class Rollout:
+    """A video in the making: cache, schedule, noise, decoder state and frame counter.
+
+        rollout = Rollout(transformer, text, spec, schedule, latent_size=(16, 8, 8), seeds=[7], decoder=d)
+        while wanted:
+            chunk = rollout.step_chunk()
+
+    Args:
+        transformer: the causal DiT.
+        text: its text context; replace it between chunks with `set_text`.
+        spec: cache settings.
+        schedule: noise levels.
+        latent_size: (channels, height, width) of a latent frame.
+        seeds: one per batch element.
+        chunk_frames: latent frames per chunk.
+        decoder: turns finished latents into frames; None leaves them latent.
+    """
+
+    def __init__(
+        self,
+        transformer: CausalWanTransformer3DModel,
+        text: TextContext,
+        spec: CacheSpec,
+        schedule: FlowSchedule,
+        latent_size: tuple[int, int, int],
+        seeds: Sequence[int],
+        chunk_frames: int = 3,
+        decoder: Decoder | None = None,
+        cache: KVCache | None = None,
+    ) -> None:
+        _, height, width = latent_size
+        for seed in seeds:
+            if not 0 <= seed < 2**64:
+                raise InputError(f"seed {seed} must lie between 0 and 2**64 - 1")
+        self.transformer, self.text, self.schedule = transformer, text, schedule
+        self.latent_size, self.seeds, self.chunk_frames = latent_size, tuple(seeds), chunk_frames
+        self.decoder = decoder
+        self.device, self.dtype = transformer.device, transformer.dtype
+        geometry = CacheGeometry.of_model(transformer.config, height, width, chunk_frames, len(self.seeds))
+        self.cache = cache or KVCache(spec, geometry, self.device, self.dtype)
+        self.chunk = 0
+        self.window_latents: dict[int, Tensor] = {}
+
+    @property
+    def next_frame(self) -> int:
+        """Latent frames so far."""
+        return self.cache.layout.next_frame
+
+    def set_text(self, text: TextContext) -> None:
+        """Use another prompt from the next chunk on; the cache stays (strategy `keep`)."""
+        self.text = text
+
+    @torch.no_grad()
+    def step_chunk(self, frames: int | None = None, noise: Tensor | None = None, on_step: OnStep | None = None) -> Chunk:
+        """Generate the next chunk.
+
+        Args:
+            frames: latent frames; by default a full chunk.
+            noise: initial noise (b, f, c, h, w) instead of the seed's.
+            on_step: called after every denoising step.
+
+        Raises:
+            Cancelled: from `on_step`; the rollout stands before this chunk and can go on.
+            NumericsError: NaN or Inf in the chunk; likewise.
+        """
+        frames = frames or self.chunk_frames
+        read_before = self.cache.pages_read, self.cache.lossy_pages_read
+        started = time.perf_counter()
+        self.cache.begin(frames)
+        try:
+            latents = self._denoise(frames, noise, on_step)
+        except BaseException:
+            self.cache.abandon()
+            raise
+        denoised = time.perf_counter()
+        start_frame = self.next_frame
+        self._commit(latents)
+        committed = time.perf_counter()
+        pixels = self.decoder.feed(latents) if self.decoder else None
+        finished = time.perf_counter()
+        stats = ChunkStats(
+            denoise_s=denoised - started,
+            commit_s=committed - denoised,
+            decode_s=finished - committed,
+            kv_bytes=self.cache.nbytes,
+            resident_frames=len(self.cache.table),
+            pages_read=self.cache.pages_read - read_before[0],
+            lossy_pages_read=self.cache.lossy_pages_read - read_before[1],
+        )
+        self.chunk += 1
+        return Chunk(self.chunk - 1, start_frame, latents, pixels, stats)
+
+    @torch.no_grad()
+    def append(self, latents: Tensor) -> Tensor | None:
+        """Commit given clean latents (b, f, c, h, w) as the next chunk: a prefix or an extension."""
+        latents = latents.to(self.device, self.dtype)
+        self.cache.begin(latents.shape[1])
+        self._commit(latents)
+        self.chunk += 1
+        return self.decoder.feed(latents) if self.decoder else None
+
+    def fork(self) -> Rollout:
+        """A second rollout with the same history; pages are shared until each has moved on."""
+        other = Rollout(
+            self.transformer, self.text, self.cache.spec, self.schedule, self.latent_size, self.seeds,
+            self.chunk_frames, self.decoder.copy() if self.decoder else None, self.cache.fork(),
+        )  # fmt: skip
+        other.chunk, other.window_latents = self.chunk, dict(self.window_latents)
+        return other
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and a JSON-able header that `restore` turns back into this rollout, bit for bit."""
+        tensors, cache = self.cache.state_tensors()
+        tensors = {f"cache.{name}": tensor for name, tensor in tensors.items()}
+        if self.decoder:
+            tensors |= {f"decoder.{name}": tensor.cpu() for name, tensor in self.decoder.state().items()}
+        if self.window_latents:
+            tensors["window_latents"] = torch.stack([t.cpu() for t in self.window_latents.values()], 1)
+        header = {
+            "cache": cache,
+            "chunk": self.chunk,
+            "seeds": list(self.seeds),
+            "window_frames": list(self.window_latents),
+        }
+        return tensors, header
+
+    def restore(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+        """Become the rollout that `state` described."""
+        self.cache.restore(_under("cache.", tensors), header["cache"])
+        if self.decoder:
+            self.decoder.restore(_under("decoder.", tensors))
+        self.chunk, self.seeds = header["chunk"], tuple(header["seeds"])
+        frames = header["window_frames"]
+        kept = tensors["window_latents"].to(self.device).unbind(1) if frames else ()
+        self.window_latents = dict(zip(frames, kept, strict=True))
+
+    def _denoise(self, frames: int, noise: Tensor | None, on_step: OnStep | None) -> Tensor:
+        sigmas = self.schedule.sigmas(self.chunk)
+        attention = CachedAttention(self.cache)
+        x = self._noise(0, frames) if noise is None else noise.to(self.device, self.dtype)
+        for step, (sigma, next_sigma) in enumerate(zip(sigmas, (*sigmas[1:], 0.0), strict=True)):
+            flow = self.transformer(x, self._timestep(sigma, frames), self.text, attention)
+            fresh = None
+            if next_sigma and self.schedule.sampler == "renoise":
+                fresh = self._noise(step + 1, frames)
+            x = self.schedule.advance(x, flow, sigma, next_sigma, fresh)
+            if on_step:
+                on_step(self.chunk, step)
+        if not bool(torch.isfinite(x).all()):
+            raise NumericsError(f"NaN or Inf in the latents of chunk {self.chunk}")
+        return x
+
+    def _commit(self, latents: Tensor) -> None:
+        start = self.next_frame
+        attention = CachedAttention(self.cache, commit=True)
+        with self.cache.committing():
+            self.transformer(latents, self._timestep(0.0, latents.shape[1]), self.text, attention)
+        for i in range(latents.shape[1]):
+            self.window_latents[start + i] = latents[:, i]
+        self.window_latents = {f: t for f, t in self.window_latents.items() if f in self.cache.table}
+
+    def _noise(self, step: int, frames: int) -> Tensor:
+        return chunk_noise(self.seeds, self.chunk, step, (frames, *self.latent_size), self.device, self.dtype)
+
+    def _timestep(self, sigma: float, frames: int) -> Tensor:
+        return torch.full((len(self.seeds), frames), TRAIN_TIMESTEPS * sigma, device=self.device)
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
