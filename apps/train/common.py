@@ -99,7 +99,7 @@ class Stage:
         accelerator: Accelerator,
         progress: Progress,
         peak: float,
-        ema_decay: float = 0.999,
+        ema_decay: float = 0.998,
         weight_decay: float = 0.01,
     ) -> None:
         self.name, self.folder, self.accelerator = name, folder, accelerator

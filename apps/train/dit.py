@@ -7,15 +7,17 @@ cache that a rollout uses, towards the simulator's exact continuation.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor, nn
+from transformers import UMT5EncoderModel
 
 from vidkv.apps.train.common import Progress, Stage
 from vidkv.apps.train.latents import CHUNK, Clips, draw_clips
@@ -77,9 +79,15 @@ def noise_levels(shape: tuple[int, int], device: torch.device) -> Tensor:
     """Half of the levels continuous under the timestep shift, half those that a rollout visits."""
     u = torch.rand(shape, device=device)
     continuous = SCHEDULE.shift * u / (1 + (SCHEDULE.shift - 1) * u)
-    visited = torch.tensor(SCHEDULE.sigmas(1) + SCHEDULE.sigmas(0), device=device)
+    visited = _visited_levels(device)
     chosen = visited[torch.randint(len(visited), shape, device=device)]
     return torch.where(torch.rand(shape, device=device) < 0.5, continuous, chosen)
+
+
+@cache
+def _visited_levels(device: torch.device) -> Tensor:
+    """Kept on the device: a copy from the host cannot be part of a CUDA graph."""
+    return torch.tensor(SCHEDULE.sigmas(1) + SCHEDULE.sigmas(0), device=device)
 
 
 def _expand(levels: Tensor, chunks: Sequence[int]) -> Tensor:
@@ -149,17 +157,18 @@ class Trainer:
         folder: checkpoints, the curve, and `pipeline/` with the finished parts.
         vae: trained; frozen here.
         clips: how many to hold; `refresh` of them are drawn anew every 50 steps.
+        init: a pipeline folder whose transformer and text encoder to start from.
     """
 
     def __init__(
         self, folder: Path, accelerator: Accelerator, vae: AutoencoderKLWan, clips: int, batch: int,
-        refresh: int,
+        refresh: int, init: Path | None = None,
     ) -> None:  # fmt: skip
         torch.manual_seed(0)
         self.folder, self.accelerator, self.batch, self.refresh = folder, accelerator, batch, refresh
         self.vae = vae.to(accelerator.device).requires_grad_(False).eval()
         self.generator = torch.Generator(accelerator.device).manual_seed(2)
-        self.student = Student()
+        self.student = load_parts(init) if init else Student()
         self.clips = self._draw(clips)
         self.next_fresh = 0
 
@@ -186,7 +195,8 @@ class Trainer:
         losses = partial(given_history, stage.raw, attention, WHOLE[1])
         while stage.progress.fraction < 1:
             inputs = self.clips.pick(self._index(self.batch * reuse))
-            history, weight, drift = self.roll_out(stage.raw, *inputs)
+            actor = copy.deepcopy(stage.raw).to(torch.bfloat16 if stage.on_gpu else torch.float32)
+            history, weight, drift = self.roll_out(actor, *inputs)
             for part in torch.randperm(self.batch * reuse, device=history.device).split(self.batch):
                 batch = [tensor[part] for tensor in (*inputs, history, weight)]
                 self._log(stage, stage.update("self_rollout", losses, *batch) | {"drift": drift})
@@ -206,21 +216,18 @@ class Trainer:
         b, frames = latents.shape[:2]
         seeds = torch.randint(2**31, (b,)).tolist()
         prefix = int(torch.randint(1, 4, (1,)))
-        device_type = latents.device.type
-        with torch.autocast(device_type, torch.bfloat16, enabled=device_type == "cuda"):
-            before, after = student.prompt(ids[:, 0], mask[:, 0]), student.prompt(ids[:, 1], mask[:, 1])
-            size = (latents.shape[2], latents.shape[3], latents.shape[4])
-            rollout = Rollout(student.transformer, before, SPEC, SCHEDULE, size, seeds, CHUNK)
-            made = []
-            for start in range(0, frames, CHUNK):
-                rollout.set_text(_switch(before, after, event_frame <= start))
-                true = latents[:, start : start + CHUNK]
-                if start < prefix * CHUNK:
-                    rollout.append(true)
-                    made.append(true)
-                else:
-                    noise = torch.randn_like(true)
-                    made.append(rollout.step_chunk(noise=noise).latents.float())
+        before, after = student.prompt(ids[:, 0], mask[:, 0]), student.prompt(ids[:, 1], mask[:, 1])
+        size = (latents.shape[2], latents.shape[3], latents.shape[4])
+        rollout = Rollout(student.transformer, before, SPEC, SCHEDULE, size, seeds, CHUNK)
+        made = []
+        for start in range(0, frames, CHUNK):
+            rollout.set_text(_switch(before, after, event_frame <= start))
+            true = latents[:, start : start + CHUNK]
+            if start < prefix * CHUNK:
+                rollout.append(true)
+                made.append(true)
+            else:
+                made.append(rollout.step_chunk(noise=torch.randn_like(true)).latents.float())
         history = torch.cat(made, 1)
         distance = (history - latents).square().mean((2, 3, 4)).view(b, -1, CHUNK).mean(2)
         before_chunk = torch.cat([torch.zeros_like(distance[:, :1]), distance[:, :-1]], 1)
@@ -273,3 +280,13 @@ def save_parts(student: Student, folder: Path) -> None:
     half.load_state_dict(student.state_dict())
     half.transformer.half().save_pretrained(folder / "transformer")
     half.text_encoder.half().save_pretrained(folder / "text_encoder")
+
+
+def load_parts(folder: Path) -> Student:
+    """A student with the float16 weights that `save_parts` wrote."""
+    student = Student()
+    transformer = CausalWanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32)
+    encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+    student.transformer.load_state_dict(transformer.state_dict())
+    student.text_encoder.load_state_dict(encoder.state_dict())
+    return student

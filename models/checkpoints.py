@@ -1,0 +1,79 @@
+"""Is a weights file what its configuration says? Asked before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from vidkv.errors import CheckpointError
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: the file is missing or no JSON object.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; name a folder written by save_pretrained") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}); restore or re-download it") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds no JSON object; restore or re-download it")
+    return value
+
+
+def file_shapes(path: Path) -> Shapes:
+    """Names and shapes in a safetensors file, from its header alone.
+
+    Raises:
+        CheckpointError: the file is missing, truncated or not safetensors.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise CheckpointError(f"the weights file {path} is missing; reinstall or re-download the model") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"the weights file {path} is damaged ({error}); reinstall or re-download the model"
+        ) from None
+
+
+def model_shapes(build: type[nn.Module], config: Mapping[str, object]) -> Shapes:
+    """Names and shapes that a diffusers model of this configuration has; no memory is allocated."""
+    with init_empty_weights():
+        model = build.from_config(dict(config))  # type: ignore[attr-defined]
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def verify(folder: Path, build: type[nn.Module]) -> None:
+    """Compare `config.json` and the weights of a diffusers model folder.
+
+    Raises:
+        CheckpointError: naming the first tensor that is missing, unexpected or of another shape.
+    """
+    config = read_json(folder / "config.json")
+    path = folder / "diffusion_pytorch_model.safetensors"
+    found = file_shapes(path)
+    try:
+        wanted = model_shapes(build, config)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} describes no {build.__name__}: {error}") from None
+    for name, shape in wanted.items():
+        if name not in found:
+            raise CheckpointError(f"{path} lacks the tensor {name} {shape} that its configuration asks for")
+        if found[name] != shape:
+            raise CheckpointError(f"{path}: {name} is {found[name]}, its configuration asks for {shape}")
+    extra = sorted(set(found) - set(wanted))
+    if extra:
+        raise CheckpointError(f"{path} holds {extra[0]}, which its configuration has no place for")

@@ -1,0 +1,52 @@
+"""Which prompt holds when."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from vidkv.errors import PromptError
+
+PromptLike = str | Sequence[tuple[float, str]]
+
+
+@dataclass(frozen=True)
+class PromptSchedule:
+    """Prompts over time.
+
+    A switch takes effect with the first chunk that begins at or after its second.
+
+    Attributes:
+        entries: (second, prompt), ascending, the first at 0.
+    """
+
+    entries: tuple[tuple[float, str], ...]
+
+    @classmethod
+    def of(cls, prompt: PromptLike, canonical: Callable[[str], str] = str) -> PromptSchedule:
+        """Read a prompt or a list of (second, prompt).
+
+        Args:
+            canonical: checks and respells one prompt.
+
+        Raises:
+            PromptError: no prompt, a bad second, or what `canonical` raises.
+        """
+        entries = [(0.0, prompt)] if isinstance(prompt, str) else [(s, text) for s, text in prompt]
+        if not entries:
+            raise PromptError("the prompt schedule is empty; give at least one prompt")
+        for second, _ in entries:
+            if not math.isfinite(second) or second < 0:
+                raise PromptError(f"prompt at second {second}: seconds must be finite and not negative")
+        entries.sort(key=lambda entry: entry[0])
+        repeated = next((a[0] for a, b in zip(entries, entries[1:], strict=False) if a[0] == b[0]), None)
+        if repeated is not None:
+            raise PromptError(f"two prompts at second {repeated:g}; give each a second of its own")
+        if entries[0][0] > 0:
+            raise PromptError(f"the first prompt starts at second {entries[0][0]:g}; one must start at 0")
+        return cls(tuple((float(second), canonical(text)) for second, text in entries))
+
+    def at(self, second: float) -> str:
+        """The prompt of a chunk that begins at `second`."""
+        return [text for start, text in self.entries if start <= second + 1e-9][-1]

@@ -1,0 +1,76 @@
+"""Saved rollouts: one safetensors file with a versioned JSON header. Never pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from vidkv.errors import OutputError, StateError
+from vidkv.rollout import Rollout
+
+SCHEMA = 1
+
+
+def save_rollout(rollout: Rollout, path: Path, extra: dict[str, Any] | None = None) -> None:
+    """Write a rollout so that another process can go on from it; the file appears complete or not at all.
+
+    Args:
+        rollout: between two chunks.
+        path: file to write, by convention `.safetensors`.
+        extra: JSON-able values to keep beside it (prompt, settings).
+    """
+    tensors, header = rollout.state()
+    header = {
+        "schema": SCHEMA,
+        "torch": torch.__version__,
+        "device": rollout.device.type,
+        "dtype": str(rollout.dtype),
+        "rollout": header,
+        "extra": extra or {},
+    }
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {"vidkv": json.dumps(header)})
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(f"cannot write the rollout state {path}: {error}") from None
+
+
+def load_rollout(rollout: Rollout, path: Path) -> dict[str, Any]:
+    """Restore a saved rollout into one made with the same model, size and cache settings.
+
+    On the device type and dtype it was saved from, what follows is equal bit for bit.
+
+    Returns:
+        The `extra` of `save_rollout`.
+
+    Raises:
+        StateError: the file is missing, damaged, of another version, or of another model or cache.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})["vidkv"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise StateError(f"there is no saved rollout {path}") from None
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise StateError(f"{path} is no saved rollout, or a damaged one ({error})") from None
+    if header.get("schema") != SCHEMA:
+        raise StateError(f"{path} has state version {header.get('schema')}, this vidkv reads version {SCHEMA}")
+    if header["dtype"] != str(rollout.dtype):
+        raise StateError(f"{path} was saved at {header['dtype']}, this rollout runs at {rollout.dtype}")
+    try:
+        rollout.restore(tensors, header["rollout"])
+    except KeyError as error:
+        raise StateError(f"{path} lacks {error}; it was saved with another model or cache") from None
+    extra: dict[str, Any] = header["extra"]
+    return extra
