@@ -8,8 +8,8 @@ cache that a rollout uses, towards the simulator's exact continuation.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from vidkv.apps.train.common import Progress, Stage
 from vidkv.apps.train.latents import CHUNK, Clips, draw_clips
 from vidkv.attention import BlockCausalAttention
 from vidkv.cache import CacheSpec
+from vidkv.models.bounce.prompts import World
 from vidkv.models.bounce.text import build_text_encoder
 from vidkv.models.text import embed
 from vidkv.models.wan import CausalWanTransformer3DModel, TextContext
@@ -145,61 +146,100 @@ def given_history(
     return {"loss": (error * weight).sum() / weight.sum().clamp_min(1.0)}
 
 
-Chunking = tuple[str, tuple[int, ...]]
-WHOLE: Chunking = ("chunks", (CHUNK,) * (FRAMES // CHUNK))
-FROM_IMAGE: Chunking = ("image", (1,) + (CHUNK,) * (FRAMES // CHUNK - 1))
+@dataclass(frozen=True)
+class Lesson:
+    """One kind of training step.
+
+    Attributes:
+        name: key of its CUDA graph.
+        chunks: latent frames per chunk.
+        batch: clips per step.
+        history: denoise given finished history (teacher forcing), or every chunk at its own level.
+        openings: take clips from the pool of first chunks.
+    """
+
+    name: str
+    chunks: tuple[int, ...]
+    batch: int
+    history: bool
+    openings: bool = False
+
+
+def lessons(frames: int, batch: int, history: bool) -> list[Lesson]:
+    """A cycle of steps on clips of `frames` latent frames.
+
+    First chunks get steps of their own: they alone must be made from the prompt, and in a clip of
+    fourteen chunks they are too few to learn it from. One step in six starts from a single frame, as
+    image-to-video will.
+    """
+    count = frames // CHUNK
+    whole = Lesson(f"whole{frames}", (CHUNK,) * count, batch, history)
+    image = Lesson(f"image{frames}", (1,) + (CHUNK,) * (count - 1), batch, history)
+    first = Lesson("first", (CHUNK,), batch * 8, False, openings=True)
+    return [first, whole, first, whole, first, image]
 
 
 class Trainer:
-    """The stages in order, over one pool of clips.
+    """The stages in order, over two pools of clips that are renewed while training.
 
     Args:
         folder: checkpoints, the curve, and `pipeline/` with the finished parts.
         vae: trained; frozen here.
-        clips: how many to hold; `refresh` of them are drawn anew every 50 steps.
+        world: how much variety.
+        clips, openings: how many whole clips and first chunks to draw before the first step.
+        batch: whole clips per step.
+        refresh: whole clips drawn anew after every 10 steps.
+        grow: keep old clips until there are this many.
         init: a pipeline folder whose transformer and text encoder to start from.
     """
 
     def __init__(
-        self, folder: Path, accelerator: Accelerator, vae: AutoencoderKLWan, clips: int, batch: int,
-        refresh: int, init: Path | None = None,
+        self, folder: Path, accelerator: Accelerator, vae: AutoencoderKLWan, world: World, clips: int,
+        openings: int, batch: int, refresh: int, grow: int = 0, init: Path | None = None, seed: int = 2,
     ) -> None:  # fmt: skip
-        torch.manual_seed(0)
-        self.folder, self.accelerator, self.batch, self.refresh = folder, accelerator, batch, refresh
+        torch.manual_seed(seed)
+        self.folder, self.accelerator, self.batch = folder, accelerator, batch
+        self.refresh, self.grow, self.world = refresh, grow, world
         self.vae = vae.to(accelerator.device).requires_grad_(False).eval()
-        self.generator = torch.Generator(accelerator.device).manual_seed(2)
+        self.generator = torch.Generator(accelerator.device).manual_seed(seed)
         self.student = load_parts(init) if init else Student()
-        self.clips = self._draw(clips)
+        self.clips = self._draw(clips, FRAMES)
+        self.openings = self._draw(openings, CHUNK)
         self.next_fresh = 0
 
     def run(
-        self, name: str, loss: Callable[..., dict[str, Tensor]], history: bool, steps: int,
-        minutes: float | None, peak: float,
-    ) -> None:  # fmt: skip
-        """Diffusion or teacher forcing."""
+        self, name: str, cycle: Sequence[Lesson], steps: int, minutes: float | None, peak: float
+    ) -> None:
+        """Diffusion or teacher forcing, as the lessons say."""
         stage = self._stage(name, steps, minutes, peak)
-        attention = {c: self._attention(c, history) for c in (WHOLE, FROM_IMAGE)}
+        attention = {lesson: self._attention(lesson) for lesson in set(cycle)}
         for step in stage.progress:
-            chunking = FROM_IMAGE if step % 4 == 3 else WHOLE
-            inputs = self.clips.pick(self._index(self.batch))
-            if chunking is FROM_IMAGE:
-                inputs = (*inputs[:3], torch.full_like(inputs[3], FRAMES))
-            losses = partial(loss, stage.raw, attention[chunking], chunking[1])
-            self._log(stage, stage.update(chunking[0], losses, *inputs))
+            lesson = cycle[step % len(cycle)]
+            pool = self.openings if lesson.openings else self.clips
+            latents, ids, mask, event_frame = pool.pick(self._index(pool, lesson.batch))
+            if lesson.chunks[0] != CHUNK:
+                event_frame = torch.full_like(event_frame, FRAMES)
+            loss = given_history if lesson.history else diffusion_forcing
+            losses = partial(loss, stage.raw, attention[lesson], lesson.chunks)
+            values = stage.update(lesson.name, losses, latents, ids, mask, event_frame)
+            self._log(stage, lesson.name, values)
         self._finish(stage)
 
-    def run_self_rollout(self, steps: int, minutes: float | None, peak: float, reuse: int = 3) -> None:
+    def run_self_rollout(
+        self, steps: int, minutes: float | None, peak: float, frames: int = FRAMES, reuse: int = 4
+    ) -> None:
         """Train on history that the model rolled out itself; each rollout serves `reuse` batches."""
         stage = self._stage("self_rollout", steps, minutes, peak)
-        attention = self._attention(WHOLE, history=True)
-        losses = partial(given_history, stage.raw, attention, WHOLE[1])
+        lesson = Lesson(f"self{frames}", (CHUNK,) * (frames // CHUNK), self.batch, history=True)
+        losses = partial(given_history, stage.raw, self._attention(lesson), lesson.chunks)
         while stage.progress.fraction < 1:
-            inputs = self.clips.pick(self._index(self.batch * reuse))
+            inputs = self.clips.pick(self._index(self.clips, self.batch * reuse))
+            inputs = (inputs[0][:, :frames], *inputs[1:])
             actor = copy.deepcopy(stage.raw).to(torch.bfloat16 if stage.on_gpu else torch.float32)
             history, weight, drift = self.roll_out(actor, *inputs)
             for part in torch.randperm(self.batch * reuse, device=history.device).split(self.batch):
                 batch = [tensor[part] for tensor in (*inputs, history, weight)]
-                self._log(stage, stage.update("self_rollout", losses, *batch) | {"drift": drift})
+                self._log(stage, lesson.name, stage.update(lesson.name, losses, *batch) | {"drift": drift})
                 stage.progress.step += 1
         self._finish(stage)
 
@@ -235,29 +275,35 @@ class Trainer:
         weight = 1 / (1 + (before_chunk / (1.5 * usual)).pow(4))
         return history, weight.repeat_interleave(CHUNK, 1), distance.mean()
 
-    def _draw(self, number: int) -> Clips:
-        return draw_clips(self.vae, number, FRAMES, self.generator)
+    def _draw(self, number: int, frames: int) -> Clips:
+        return draw_clips(self.vae, number, frames, self.generator, self.world)
 
-    def _index(self, number: int) -> Tensor:
-        return torch.randint(len(self.clips), (number,), generator=self.generator, device=self.generator.device)
+    def _index(self, pool: Clips, number: int) -> Tensor:
+        return torch.randint(len(pool), (number,), generator=self.generator, device=self.generator.device)
 
-    def _attention(self, chunking: Chunking, history: bool) -> BlockCausalAttention:
-        return BlockCausalAttention(GRID, GRID, SPEC, chunking[1], history, self.accelerator.device)
+    def _attention(self, lesson: Lesson) -> BlockCausalAttention:
+        return BlockCausalAttention(GRID, GRID, SPEC, lesson.chunks, lesson.history, self.accelerator.device)
 
     def _stage(self, name: str, steps: int, minutes: float | None, peak: float) -> Stage:
         return Stage(name, self.student, self.folder, self.accelerator, Progress(steps, minutes), peak)
 
-    def _log(self, stage: Stage, values: dict[str, Tensor]) -> None:
+    def _log(self, stage: Stage, lesson: str, values: dict[str, Tensor]) -> None:
         step = stage.progress.step
-        if step % 100 == 0:
-            stage.log(**values)
-        if self.refresh and step % 50 == 49:
-            fresh = self._draw(self.refresh)
-            self.next_fresh = self.next_fresh if self.next_fresh + self.refresh <= len(self.clips) else 0
-            self.clips.replace(self.next_fresh, fresh)
-            self.next_fresh += self.refresh
-        if step % 2000 == 1999:
+        if step % 50 < 2:
+            stage.log(lesson=lesson, **values)
+        if step % 10 == 9 and self.refresh:
+            self._renew()
+        if step % 1000 == 999:
             stage.save()
+
+    def _renew(self) -> None:
+        fresh = self._draw(self.refresh, FRAMES)
+        if len(self.clips) < self.grow:
+            self.clips.append(fresh)
+            return
+        self.next_fresh = self.next_fresh if self.next_fresh + self.refresh <= len(self.clips) else 0
+        self.clips.replace(self.next_fresh, fresh)
+        self.next_fresh += self.refresh
 
     def _finish(self, stage: Stage) -> None:
         stage.save()

@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor
 
 from vidkv.apps.train.vae import as_video
-from vidkv.models.bounce.prompts import ScenePrompt
+from vidkv.models.bounce.prompts import ScenePrompt, World
 from vidkv.models.bounce.text import build_tokenizer
 from vidkv.models.bounce.world import Trajectory, render, sample_scenes, simulate
 from vidkv.models.text import tokenize
@@ -41,6 +41,11 @@ class Clips:
         """(latents, ids, mask, event_frame) of some clips."""
         return self.latents[index].float(), self.ids[index], self.mask[index], self.event_frame[index]
 
+    def append(self, other: Clips) -> None:
+        """Add clips."""
+        for name in ("latents", "ids", "mask", "event_frame"):
+            setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
+
     def replace(self, start: int, other: Clips) -> None:
         """Overwrite clips from `start` on."""
         stop = start + len(other)
@@ -49,13 +54,19 @@ class Clips:
 
 
 def draw_clips(
-    vae: AutoencoderKLWan, number: int, frames: int, generator: torch.Generator, batch: int = 64
+    vae: AutoencoderKLWan,
+    number: int,
+    frames: int,
+    generator: torch.Generator,
+    world: World,
+    batch: int = 64,
 ) -> Clips:
-    """Draw, render and encode `number` clips of `frames` latent frames."""
+    """Draw, render and encode `number` clips of `frames` latent frames; events where they fit."""
     device = generator.device
     pixel = pixel_frames(frames)
-    chunks = torch.arange(2, frames // CHUNK - 1)
-    scenes = sample_scenes(number, generator, event_frames=pixel_frames(CHUNK) + 12 * (chunks - 1))
+    chunks = torch.arange(2, max(2, frames // CHUNK - 1))
+    events = pixel_frames(CHUNK) + 12 * (chunks - 1) if len(chunks) else None
+    scenes = sample_scenes(number, generator, event_frames=events, world=world)
     path = simulate(scenes, pixel)
     latents = []
     for start in range(0, number, batch):

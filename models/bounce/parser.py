@@ -17,8 +17,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vidkv.models.bounce.prompts import COLOURS, FAMILIES, MAX_OBJECTS, SHAPES, Family
-from vidkv.models.bounce.world import PALETTE, SIZE, Scenes, Trajectory, render, sample_scenes, simulate
+from vidkv.models.bounce.prompts import COLOURS, MAX_OBJECTS, SHAPES, Family
+from vidkv.models.bounce.world import (
+    PALETTE,
+    SIZE,
+    Scenes,
+    Trajectory,
+    render,
+    sample_scenes,
+    simulate,
+)
 from vidkv.models.bounce.world import _distance as signed_distance
 
 Floats = npt.NDArray[np.float32]
@@ -26,7 +34,11 @@ Integers = npt.NDArray[np.int64]
 Masks = npt.NDArray[np.bool_]
 Pixels = Tensor | npt.NDArray[np.uint8]
 
-AREA_PER_SQUARED_RADIUS = {"circle": np.pi, "square": (2 * 0.86) ** 2, "triangle": 27**0.5 * 0.62**2}
+AREA_PER_SQUARED_RADIUS = {
+    "circle": np.pi,
+    "square": (2 * 0.86) ** 2,
+    "triangle": 27**0.5 * 0.62**2,
+}
 REACH = {  # how far an outline goes from the centre, in radii: left and right, up, down
     "circle": (1.0, 1.0, 1.0),
     "square": (0.86, 0.86, 0.86),
@@ -122,7 +134,7 @@ def parse_frames(frames: Pixels) -> Parsed:
     Args:
         frames: (frames, 64, 64, 3) uint8.
     """
-    pixels = frames.cpu().numpy() if isinstance(frames, Tensor) else np.asarray(frames)
+    pixels = _as_array(frames)
     if pixels.dtype != np.uint8 or pixels.shape[1:] != (SIZE, SIZE, 3):
         raise ValueError(
             f"frames are {pixels.dtype} {pixels.shape}, not uint8 (frames, {SIZE}, {SIZE}, 3)"
@@ -137,6 +149,10 @@ def parse_frames(frames: Pixels) -> Parsed:
         np.concatenate([part.ground for part in parts]),
         np.concatenate([part.luminance for part in parts]),
     )
+
+
+def _as_array(frames: Pixels) -> npt.NDArray[np.uint8]:
+    return frames.cpu().numpy() if isinstance(frames, Tensor) else np.asarray(frames)
 
 
 def bar_extent(frame: Pixels) -> tuple[float, float] | None:
@@ -175,6 +191,16 @@ def classify_pixels(rgb: Floats) -> npt.NDArray[np.int8]:
     coloured = np.square(chroma).sum(-1) > COLOURED_FROM**2
     paint[coloured] = (chroma[coloured] @ HUE_DIRECTIONS.T).argmax(-1)
     return paint
+
+
+def coverage(frames: Pixels, colour: str) -> Floats:
+    """How much of each pixel the objects of one colour cover, (frames, 64, 64) in [0, 1]."""
+    rgb = _as_array(frames).astype(np.float32) / np.float32(255)
+    index = COLOURS.index(colour)
+    near = _grown(classify_pixels(rgb) == index, 2)
+    ink = np.repeat(PAINTS[index : index + 1], len(rgb), 0)
+    ground = np.median(rgb[:, ::3, ::3].reshape(len(rgb), -1, 3), 1)
+    return _coverage(rgb, ink, ground, np.full(len(rgb), index)) * near
 
 
 def nearest_paint(rgb: Floats) -> Integers:
@@ -438,7 +464,7 @@ def _bars(rgb: Floats, light: Floats) -> Floats:
     """
     mean, spread = light.mean(1), light.std(1)
     column = rgb.mean(1)
-    grey = (spread < 0.06) & (np.ptp(column, axis=-1) < 0.09)
+    grey = (spread < 0.06) & (np.ptp(column, axis=-1) < 0.25)
     out = np.full((len(rgb), 2), np.nan, np.float32)
     level = np.where(grey, mean, 0)
     peak = np.sort(level, 1)[:, -10]
@@ -482,14 +508,16 @@ class NoiseFloor:
 
     Attributes:
         frames, objects: how many were measured.
-        identity, colour, shape: shares read rightly; an object that is not seen at all counts as wrong,
-            one that is seen and flagged as cut is left out.
+        identity, colour, shape: shares read rightly; an object that is not seen at all counts as
+            wrong, one that is seen and flagged as cut is left out.
         flagged: share seen but flagged.
         false_whole: of the objects the parser calls whole, the share that in truth lack over 3 % of
             their area.
-        count_error: mean over frames of |objects seen - objects there|; slivers under 40 pixels of
-            area may be seen or not.
+        count_error: mean over frames of |objects seen - objects there|; an object with less than 40
+            visible pixels may be seen or not.
         centre_p50, centre_p99: error of the centre in pixels.
+        bar_missed: share of frames in which an occluder is found without there being one, not found,
+            or found more than 1.5 pixels off at an edge.
         milliseconds: per frame.
     """
 
@@ -503,25 +531,25 @@ class NoiseFloor:
     count_error: float
     centre_p50: float
     centre_p99: float
+    bar_missed: float
     milliseconds: float
 
 
 def noise_floor(
     family: Family,
     degrade: Callable[[Tensor], Tensor] | None = None,
-    scenes: int = 16,
-    frames: int = 33,
+    scenes: int = 32,
+    frames: int = 17,
     seed: int = 0,
 ) -> NoiseFloor:
     """Measure the parser on ground truth.
 
     Args:
-        degrade: from clips (b, frames, 64, 64, 3) in [0, 1] to the like; what stands between the world
-            and the parser, such as blur, noise or a VAE. None parses the drawn frames.
+        degrade: from clips (b, frames, 64, 64, 3) in [0, 1] to the like; what stands between the
+            world and the parser, such as blur, noise or a VAE. None parses the frames as drawn.
         scenes, frames: how many clips of what length.
     """
-    generator = torch.Generator().manual_seed(seed)
-    sampled = sample_scenes(scenes, generator, family)
+    sampled = sample_scenes(scenes, torch.Generator().manual_seed(seed), family)
     start = 60
     path = simulate(sampled, start + frames)
     clips = render(sampled, path, start)
@@ -535,54 +563,95 @@ def noise_floor(
 
 
 def _compare(scenes: Scenes, path: Trajectory, parsed: Parsed, milliseconds: float) -> NoiseFloor:
-    visible, share = (x.flatten(0, 1) for x in _visible(scenes, path))
-    centres = path.in_view.flatten(0, 1)
-    frames = path.camera.shape[1]
-    colour, shape, flagged, centre, whole, cut, count = [], [], [], [], 0, 0, []
-    for frame, objects in enumerate(parsed.objects):
-        scene = frame // frames
-        for i in np.flatnonzero(share[frame] > 0.9999).tolist():
-            x, y = centres[frame, i].tolist()
-            near = [(np.hypot(o.x - x, o.y - y), o) for o in objects]
-            distance, seen = min(near, key=lambda pair: pair[0], default=(np.inf, None))
-            known = seen is not None and distance < 6
-            flagged.append(known and seen is not None and not seen.whole)
-            if flagged[-1]:
-                continue
-            colour.append(known and seen.colour == COLOURS[int(scenes.colour[scene, i])])
-            shape.append(known and seen.shape == SHAPES[int(scenes.shape[scene, i])])
-            centre += [distance] if known else []
-        for seen in objects:
-            gap = (centres[frame] - torch.tensor([seen.x, seen.y])).norm(dim=-1)
-            nearest = int(torch.where(scenes.exists[scene], gap, 1e9).argmin())
-            whole += seen.whole
-            cut += seen.whole and float(share[frame, nearest]) < 0.97
-        most, least = int((visible[frame] > 0.5).sum()), int((visible[frame] > 40).sum())
-        count.append(max(0, least - len(objects), len(objects) - most))
-    right = np.array(colour) & np.array(shape)
-    p50, p99 = np.percentile(centre, [50, 99]) if centre else (np.nan, np.nan)
+    visible, share = (x.flatten(0, 1).numpy() for x in _visible(scenes, path))
+    centres = path.in_view.flatten(0, 1).numpy()
+    repeats = path.camera.shape[1]
+    colour = scenes.colour.repeat_interleave(repeats, 0).numpy()
+    shape = scenes.shape.repeat_interleave(repeats, 0).numpy()
+    right: list[tuple[bool, bool]] = []
+    errors: list[float] = []
+    flagged = 0
+    for frame, i in np.argwhere(share > 0.9999).tolist():
+        distance, seen = _nearest(parsed.objects[frame], *centres[frame, i].tolist())
+        if seen is None or distance > 6:
+            right.append((False, False))
+        elif not seen.whole:
+            flagged += 1
+        else:
+            names = COLOURS[colour[frame, i]], SHAPES[shape[frame, i]]
+            right.append((seen.colour == names[0], seen.shape == names[1]))
+            errors.append(distance)
+    seen_right = np.array(right, np.bool_).reshape(-1, 2)
     return NoiseFloor(
-        len(parsed), len(colour), right.mean(), np.mean(colour), np.mean(shape), np.mean(flagged), cut / whole, np.mean(count), p50, p99, milliseconds
+        frames=len(parsed),
+        objects=len(right),
+        identity=_mean(seen_right.all(1)),
+        colour=_mean(seen_right[:, 0]),
+        shape=_mean(seen_right[:, 1]),
+        flagged=flagged / max(1, flagged + len(right)),
+        false_whole=_false_whole(parsed, centres, share),
+        count_error=_count_error(parsed, visible),
+        centre_p50=float(np.percentile(errors or [np.nan], 50)),
+        centre_p99=float(np.percentile(errors or [np.nan], 99)),
+        bar_missed=_bar_missed(parsed, scenes.bar.repeat_interleave(repeats, 0).numpy()),
+        milliseconds=milliseconds,
     )
+
+
+def _mean(values: npt.NDArray[Any]) -> float:
+    return float(values.mean()) if values.size else float("nan")
+
+
+def _nearest(objects: list[Seen], x: float, y: float) -> tuple[float, Seen | None]:
+    if not objects:
+        return float("inf"), None
+    gaps = [float(np.hypot(seen.x - x, seen.y - y)) for seen in objects]
+    return min(gaps), objects[int(np.argmin(gaps))]
+
+
+def _false_whole(parsed: Parsed, centres: Floats, share: Floats) -> float:
+    cut = []
+    for frame, objects in enumerate(parsed.objects):
+        for seen in (seen for seen in objects if seen.whole):
+            gaps = np.linalg.norm(centres[frame] - [seen.x, seen.y], axis=1)
+            there = share[frame] > 0
+            cut.append(share[frame, np.where(there, gaps, np.inf).argmin()] < 0.97)
+    return _mean(np.array(cut))
+
+
+def _count_error(parsed: Parsed, visible: Floats) -> float:
+    seen = np.array([len(objects) for objects in parsed.objects])
+    least, most = (visible > 40).sum(1), (visible > 0.5).sum(1)
+    return _mean(np.maximum(0, np.maximum(least - seen, seen - most)))
+
+
+def _bar_missed(parsed: Parsed, bar: Floats) -> float:
+    real = bar[:, 1] > bar[:, 0]
+    off = np.abs(parsed.bar - bar).max(1)
+    return _mean(np.where(real, ~(off <= 1.5), ~np.isnan(off)))
 
 
 def _visible(scenes: Scenes, path: Trajectory) -> tuple[Tensor, Tensor]:
     """Visible pixels of every object and their share of the whole object, (b, frames, 4) each."""
     axis = torch.arange(-SIZE // 2, SIZE + SIZE // 2) + 0.5
     view = (axis > 0) & (axis < SIZE)
-    centres = path.in_view
-    left, right = scenes.bar[:, :1], scenes.bar[:, 1:]
-    open_ = ((axis < left) | (axis > right)) & view
+    open_ = view & ((axis < scenes.bar[:, :1]) | (axis > scenes.bar[:, 1:]))
     above = torch.zeros(1)
     areas, shares = [], []
     for i in reversed(range(MAX_OBJECTS)):
-        dx = axis - centres[:, :, i, 0, None, None]
-        dy = axis[:, None] - centres[:, :, i, 1, None, None]
-        dx, dy = torch.broadcast_tensors(dx, dy)
-        distance = signed_distance(dx, dy, scenes.radius[:, i, None, None, None], scenes.shape[:, i])
-        cover = (0.5 - distance).clamp(0, 1) * scenes.exists[:, i, None, None, None]
+        cover = _drawn(scenes, path.in_view[:, :, i], axis, i)
         area = (cover * (1 - above) * open_[:, None, None] * view[:, None]).sum((2, 3))
         areas.append(area)
         shares.append(area / cover.sum((2, 3)).clamp_min(1e-6))
         above = torch.maximum(above, cover)
     return torch.stack(areas[::-1], -1), torch.stack(shares[::-1], -1)
+
+
+def _drawn(scenes: Scenes, centre: Tensor, axis: Tensor, i: int) -> Tensor:
+    """Coverage of object i on a square of pixel centres, (b, frames, n, n)."""
+    dx = axis - centre[..., 0, None, None]
+    dy = axis[:, None] - centre[..., 1, None, None]
+    dx, dy = torch.broadcast_tensors(dx, dy)
+    radius = scenes.radius[:, i, None, None, None]
+    cover = (0.5 - signed_distance(dx, dy, radius, scenes.shape[:, i])).clamp(0, 1)
+    return cover * scenes.exists[:, i, None, None, None]

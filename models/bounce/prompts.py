@@ -40,6 +40,32 @@ SYNONYMS = {
 MAX_OBJECTS = 4
 MAX_CHARACTERS = 400
 
+
+
+@dataclass(frozen=True)
+class World:
+    """How much of the world a model has been trained on.
+
+    Attributes:
+        colours: those that objects may have; all in COLOURS.
+        max_objects: most objects that a prompt may name.
+        backgrounds: how many of the kinds in `world.BACKGROUNDS` occur, from the first.
+        families: share of each kind of scene in the training mixture, in the order of FAMILIES.
+        unnamed: landmarks that the camera finds and the prompt does not name.
+    """
+
+    colours: tuple[str, ...] = COLOURS
+    max_objects: int = MAX_OBJECTS
+    backgrounds: int = 6
+    families: tuple[float, float, float, float] = (0.45, 0.20, 0.10, 0.25)
+    unnamed: bool = True
+
+
+WORLDS: dict[str, World] = {
+    "wide": World(),
+    "narrow": World(COLOURS[:4], 2, 3, (0.6, 0.15, 0.1, 0.15), unnamed=False),
+}
+
 GRAMMAR_WORDS = (
     "a", "and", "the", "turns", "bouncing", "behind", "bar", "resting", "while", "camera", "pans"
 )  # fmt: skip
@@ -89,8 +115,11 @@ def words(text: str) -> list[str]:
     return [SYNONYMS.get(word, word) for word in found]
 
 
-def parse(text: str) -> ScenePrompt:
+def parse(text: str, world: World = WORLDS["wide"]) -> ScenePrompt:
     """Read a prompt of the embedded world.
+
+    Args:
+        world: what the model at hand knows.
 
     Raises:
         PromptError: empty or too long, a word outside the vocabulary (all known words are listed),
@@ -103,17 +132,18 @@ def parse(text: str) -> ScenePrompt:
             f"the prompt has {len(text):,} characters; the embedded world reads at most {MAX_CHARACTERS}"
         )
     found = words(text)
-    unknown = sorted({word for word in found if word not in VOCABULARY[3:]})
+    known = {",", *GRAMMAR_WORDS, *SHAPES, *world.colours}
+    unknown = sorted({word for word in found if word not in known})
     if unknown:
         shown = ", ".join(repr(word[:30]) for word in unknown[:5])
         raise PromptError(
             f"unknown word{'s' if len(unknown) > 1 else ''} {shown}; the embedded world knows: "
-            f"{' '.join(COLOURS)} | {' '.join(SHAPES)} | {' '.join(GRAMMAR_WORDS)}"
+            f"{' '.join(world.colours)} | {' '.join(SHAPES)} | {' '.join(GRAMMAR_WORDS)}"
         )
     match = _PROMPT.match(" ".join(found))
     if match is None:
         raise PromptError(
-            f"cannot read {text.strip()!r}; say one to {MAX_OBJECTS} objects and what they do, such as "
+            f"cannot read {text.strip()!r}; say one to {world.max_objects} objects and what they do, such as "
             + ", ".join(f'"{example}"' for example in EXAMPLES)
         )
     names, scene, *event = match.groups()
@@ -126,14 +156,14 @@ def parse(text: str) -> ScenePrompt:
         family=next(family for family, words_ in SCENES.items() if words_ == scene),
         event=(event[0], event[1], event[2]) if event[0] else None,
     )
-    _check(prompt)
+    _check(prompt, world)
     return prompt
 
 
-def _check(prompt: ScenePrompt) -> None:
+def _check(prompt: ScenePrompt, world: World) -> None:
     colours = [colour for colour, _ in prompt.objects]
-    if len(prompt.objects) > MAX_OBJECTS:
-        raise PromptError(f"{len(prompt.objects)} objects; the embedded world draws at most {MAX_OBJECTS}")
+    if len(prompt.objects) > world.max_objects:
+        raise PromptError(f"{len(prompt.objects)} objects; this model draws at most {world.max_objects}")
     repeated = next((colour for colour in colours if colours.count(colour) > 1), None)
     if repeated:
         raise PromptError(f"two {repeated} objects; give every object a colour of its own")
@@ -149,6 +179,6 @@ def _check(prompt: ScenePrompt) -> None:
 EXAMPLES = (
     "a red circle and a blue square bouncing",
     "a green triangle bouncing behind a bar",
-    "a yellow square and a cyan circle while the camera pans",
+    "a yellow square and a green circle while the camera pans",
     "a red circle bouncing, the red circle turns blue",
 )

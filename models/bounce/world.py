@@ -12,7 +12,16 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from vidkv.models.bounce.prompts import COLOURS, FAMILIES, MAX_OBJECTS, SHAPES, Family, ScenePrompt
+from vidkv.models.bounce.prompts import (
+    COLOURS,
+    FAMILIES,
+    MAX_OBJECTS,
+    SHAPES,
+    WORLDS,
+    Family,
+    ScenePrompt,
+    World,
+)
 
 SIZE = 64
 FPS = 16
@@ -123,6 +132,7 @@ def sample_scenes(
     generator: torch.Generator,
     family: Family | None = None,
     event_frames: Tensor | None = None,
+    world: World = WORLDS["wide"],
 ) -> Scenes:
     """Draw scenes from the training distribution.
 
@@ -131,6 +141,7 @@ def sample_scenes(
         generator: source of randomness; its device is the device of the result.
         family: all of one family, or None for the training mixture.
         event_frames: candidate frames for a colour change; None for scenes without events.
+        world: how much variety.
     """
     device = generator.device
 
@@ -141,19 +152,21 @@ def sample_scenes(
         return torch.randint(low, high, (number,), generator=generator, device=device)
 
     if family is None:
-        weights = torch.tensor([0.45, 0.20, 0.10, 0.25], device=device)
+        weights = torch.tensor(world.families, device=device)
         kind = torch.multinomial(weights, number, replacement=True, generator=generator)
     else:
         kind = torch.full((number,), FAMILIES.index(family), device=device)
     bouncing, occluded, still, panned = (kind == i for i in range(len(FAMILIES)))
-    camera_named, extra = integers(1, 3), integers(1, 3)
-    count = torch.where(panned, camera_named + extra, torch.where(occluded, integers(1, 3), integers(1, 5)))
+    camera_named, extra = integers(1, 3), integers(1, 3) * int(world.unnamed)
+    free = integers(1, world.max_objects + 1)
+    count = torch.where(panned, camera_named + extra, torch.where(occluded, integers(1, 3), free))
     named = torch.where(panned, camera_named, count)
 
     small = (count >= 3)[:, None]
     radius = torch.where(small, uniform(6.2, 7.6, MAX_OBJECTS), uniform(7.0, 9.0, MAX_OBJECTS))
     radius = torch.where(occluded[:, None], uniform(6.2, 7.6, MAX_OBJECTS), radius)
-    order = torch.rand(number, len(COLOURS), generator=generator, device=device).argsort(1)
+    order = torch.rand(number, len(world.colours), generator=generator, device=device).argsort(1)
+    spare = min(MAX_OBJECTS, len(world.colours) - 1)
     angle, speed = uniform(0, 2 * torch.pi, MAX_OBJECTS), uniform(0.5, 1.4, MAX_OBJECTS)
     moves = (bouncing | occluded)[:, None]
     velocity = torch.stack([angle.cos(), angle.sin()], -1) * (speed * moves)[..., None]
@@ -173,10 +186,10 @@ def sample_scenes(
         velocity=velocity,
         bar=bar,
         pan_speed=uniform(1.0, 2.4) * panned,
-        background=integers(0, len(BACKGROUNDS)),
+        background=integers(0, world.backgrounds),
         tint=tint,
         event_frame=torch.full((number,), -1, device=device),
-        event_colour=order[:, MAX_OBJECTS].contiguous(),
+        event_colour=order[:, spare].contiguous(),
     )
     _place(scenes, generator)
     if event_frames is not None:
