@@ -35,7 +35,7 @@ def attend_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
     The operators behind `scaled_dot_product_attention` compute the log-sum-exp anyway; torch exposes it
     only on the operators themselves. Where none applies (float64, an unusual head size) the reference
-    runs. Returns as `attend_reference`; lse is float32.
+    runs. Returns as `attend_reference`, with out in q's dtype and lse in float32 or wider.
     """
     k, v = repeat_heads(q, k, v)
     if q.dtype != torch.float64 and q.device.type == "cpu":
@@ -44,13 +44,16 @@ def attend_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     if q.dtype in (torch.float16, torch.bfloat16) and q.device.type == "cuda" and q.shape[-1] % 8 == 0:
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)
         return out, lse[..., : q.shape[2]]
-    return attend_reference(q, k, v)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    out, lse = attend_reference(q.to(wide), k.to(wide), v.to(wide))
+    return out.to(q.dtype), lse
 
 
 def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over the union of two disjoint key sets from the attention over each. Exact.
 
-    out, more: (batch, heads, queries, head_dim) float32; lse, more_lse: (batch, heads, queries).
+    out, more: (batch, heads, queries, head_dim); lse, more_lse: (batch, heads, queries) in the dtype of
+    out, float32 or wider.
     """
     total = torch.logaddexp(lse, more_lse)
     weight = (more_lse - total).exp()[..., None]

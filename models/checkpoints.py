@@ -40,7 +40,7 @@ def file_shapes(path: Path) -> Shapes:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     except FileNotFoundError:
         raise CheckpointError(f"the weights file {path} is missing; reinstall or re-download the model") from None
     except (SafetensorError, OSError, ValueError) as error:

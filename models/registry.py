@@ -133,13 +133,14 @@ def canonical_prompt(grammar: str | None) -> Callable[[str], str]:
     """How a model wants its prompts spelled; checks them on the way.
 
     Args:
-        grammar: `bounce`, or None for free text.
+        grammar: `bounce:WORLD` with a name of `bounce.prompts.WORLDS`, or None for free text.
     """
-    if grammar == "bounce":
-        from vidkv.models.bounce.prompts import parse
+    if grammar is None:
+        return _free_text
+    from vidkv.models.bounce.prompts import WORLDS, parse
 
-        return lambda text: parse(text).text()
-    return _free_text
+    world = WORLDS[grammar.removeprefix("bounce:")]
+    return lambda text: parse(text, world).text()
 
 
 def _free_text(text: str) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +68,8 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
     """
 
     _no_split_modules = ("Block",)
-    _keep_in_fp32_modules = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
+    # a list: diffusers takes a tuple for one name and then keeps nothing
+    _keep_in_fp32_modules: ClassVar = ["time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"]
 
     @register_to_config
     def __init__(

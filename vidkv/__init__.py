@@ -31,7 +31,22 @@ _HOMES = {
     "load_rollout": "vidkv.state",
     "save_rollout": "vidkv.state",
 }
-__all__ = sorted([*_HOMES, "__version__"])
+__all__ = [
+    "CacheSpec",
+    "CausalVideoPipeline",
+    "CausalWanTransformer3DModel",
+    "Chunk",
+    "FlowSchedule",
+    "KVCache",
+    "MemoryPlan",
+    "PromptSchedule",
+    "Rollout",
+    "StreamingDecoder",
+    "VidkvError",
+    "__version__",
+    "load_rollout",
+    "save_rollout",
+]
 
 if TYPE_CHECKING:
     from vidkv.cache import CacheSpec, KVCache

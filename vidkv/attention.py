@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vidkv.cache.kv_cache import KVCache
 from vidkv.cache.layout import Layout, OpenChunk
-from vidkv.cache.spec import CacheSpec
+from vidkv.cache.spec import CacheGeometry, CacheSpec
 from vidkv.errors import CacheStateError
 from vidkv.kernels.attention import attend, attend_reference, attend_with_lse, merge
 from vidkv.kernels.rope import (
@@ -179,7 +179,7 @@ class CachedAttention:
         k = rearrange(rotate_spatial(k, self.spatial), "b f s n d -> b n f s d")
         v = rearrange(v, "b f s n d -> b n f s d")
         out, lse = self._part(q, k, v, self.own)
-        out = out.float()
+        out = out.to(lse.dtype)
         for segment, phases in zip(self.cache.segments, self.past, strict=True):
             past_k, past_v = self.cache.read(layer, segment)
             out, lse = merge(out, lse, *self._part(q, past_k, past_v, phases))
@@ -197,3 +197,31 @@ class CachedAttention:
 def _attend_float64(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     out, lse = attend_reference(q.double(), k.double(), v.double())
     return out, lse
+
+
+def self_test() -> list[tuple[str, float, float]]:
+    """Run the read path of every page format on small random data against float64.
+
+    Returns:
+        (name, rel-L2 error, bound) per format; the bound of a quantized one is against the values that
+        went in, not those decoded.
+    """
+    bounds = {"fp32": 1e-5, "bf16": 1e-2, "int8": 2e-2}
+    return [(f"two-pass, {name} pages", _read_error(name), bounds[name]) for name in bounds]
+
+
+def _read_error(format: str) -> float:
+    spec = CacheSpec(format=format, window=9, sink=2, segment=2)
+    geometry = CacheGeometry(layers=1, kv_heads=2, head_dim=64, height=3, width=5)
+    generator = torch.Generator().manual_seed(0)
+    frames = [torch.randn(3, 1, 3, 15, 2, 64, generator=generator) for _ in range(4)]
+    tested, outputs = KVCache(spec, geometry), {}
+    exact = KVCache(spec.model_copy(update={"format": "fp32"}), geometry)
+    for name, cache in (("tested", tested), ("exact", exact)):
+        for q, k, v in frames:
+            cache.begin(3)
+            with cache.committing():
+                read = CachedAttention(cache, commit=True, reference=name == "exact")
+                outputs[name] = read.layer(0)(q, k, v)
+    difference = (outputs["tested"] - outputs["exact"]).norm()
+    return float(difference / outputs["exact"].norm())

@@ -139,7 +139,11 @@ def _activation_bytes(entry: ModelEntry, spec: CacheSpec, g: CacheGeometry, dtyp
 
 def _decoder_bytes(entry: ModelEntry, height: int, width: int) -> int:
     """Elements of the VAE decoder's two-frame convolution caches, from its layer widths."""
-    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanCausalConv3d, WanResample
+    from diffusers.models.autoencoders.autoencoder_kl_wan import (
+        AutoencoderKLWan,
+        WanCausalConv3d,
+        WanResample,
+    )
 
     with init_empty_weights():
         decoder = AutoencoderKLWan(**entry.vae).decoder

@@ -236,10 +236,11 @@ class CausalVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
         num_inference_steps: int | None = None,
         seed: int = 0,
         batch: int = 1,
+        seeds: Sequence[int] | None = None,
         cache: CacheSpec | str | None = None,
         decode: bool = True,
     ) -> Rollout:
-        """A rollout without a prompt yet; batch element i has seed `seed + i`."""
+        """A rollout without a prompt yet; batch element i has seed `seed + i`, or `seeds[i]`."""
         entry = self.entry
         rows, columns = latent_size(entry, height or entry.height, width or entry.width)
         schedule = self.schedule
@@ -251,7 +252,7 @@ class CausalVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
             self._spec(cache),
             schedule,
             (self.transformer.config.in_channels, rows, columns),
-            [seed + i for i in range(batch)],
+            [seed + i for i in range(batch)] if seeds is None else seeds,
             entry.chunk_frames,
             StreamingDecoder(self.vae) if decode else None,
         )

@@ -36,6 +36,7 @@ class ChunkStats:
     Attributes:
         denoise_s, commit_s, decode_s: seconds of the denoising steps, the clean pass and the decoder.
         kv_bytes: bytes of the cache.
+        bytes_per_frame: bytes of one committed latent frame over all layers.
         resident_frames: latent frames in the cache after this chunk.
         pages_read: pages decoded for reading, over all layers and passes; of these `lossy_pages_read`
             came from a quantized format.
@@ -45,6 +46,7 @@ class ChunkStats:
     commit_s: float
     decode_s: float
     kv_bytes: int
+    bytes_per_frame: int
     resident_frames: int
     pages_read: int
     lossy_pages_read: int
@@ -158,6 +160,7 @@ class Rollout:
             commit_s=committed - denoised,
             decode_s=finished - committed,
             kv_bytes=self.cache.nbytes,
+            bytes_per_frame=self.cache.bytes_per_frame,
             resident_frames=len(self.cache.table),
             pages_read=self.cache.pages_read - read_before[0],
             lossy_pages_read=self.cache.lossy_pages_read - read_before[1],

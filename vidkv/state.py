@@ -59,7 +59,7 @@ def load_rollout(rollout: Rollout, path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["vidkv"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except FileNotFoundError:
         raise StateError(f"there is no saved rollout {path}") from None
     except (SafetensorError, OSError, KeyError, ValueError) as error:

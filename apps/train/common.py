@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-
 Losses = Callable[..., dict[str, Tensor]]
 EMA_EVERY = 4
 

@@ -38,11 +38,13 @@ LATER_CHUNK = 12
 # what the scenes are drawn with: the fastest object, the fastest pan
 FASTEST_OBJECT = 1.4
 FASTEST_PAN = 2.4
+# sideways, behind the bar, after a collision: slower ones are rare
+SLOWEST = 0.08
 # several times the parser's noise on decoded video, so that only real jumps pass it
 JITTER = 2.5
 
 FIT_FRAMES = 8
-FREE_BEND, CONTACT_BEND = 0.8, 0.2
+FREE_BEND, CONTACT_BEND = 0.8, 0.12
 CONTACT_MARGIN = 1.5
 PLACE_TOLERANCE = 3.0
 PATIENCE = 6
@@ -151,21 +153,21 @@ def fit_motion(tracks: Tracks, index: int, frame: int) -> Motion | None:
     """Position and velocity of an object at a frame, from up to eight whole frames that end there.
 
     The longest such stretch that is straight is used; None if not even three frames are. Where the
-    object was close to a wall or another one, straight is taken strictly, so that a bounce cannot
-    hide in the fit.
+    object was close to a wall or another one, straight is taken strictly and over four frames at
+    least, so that a bounce cannot hide in the fit.
     """
     clear = _clearance(tracks, index, max(0, frame - FIT_FRAMES + 1), frame + 1)
     for length in range(min(FIT_FRAMES, len(clear)), 2, -1):
-        start = frame - length + 1
-        if not tracks.whole[index, start : frame + 1].all():
+        free = clear[-length:].min() > CONTACT_MARGIN
+        window = slice(frame - length + 1, frame + 1)
+        if not tracks.whole[index, window].all() or (length < 4 and not free):
             continue
-        places = tracks.place[index, start : frame + 1]
+        places = tracks.place[index, window]
         time = np.arange(1 - length, 1)
         slope, end = np.polyfit(time, places, 1)
-        bent = np.abs(places - end - time[:, None] * slope).max()
-        if bent < (FREE_BEND if clear[-length:].min() > CONTACT_MARGIN else CONTACT_BEND):
-            radius = float(np.median(tracks.radius[index, start : frame + 1]))
-            return Motion(end, slope, radius)
+        bend = np.abs(places - end - time[:, None] * slope).max()
+        if bend < (FREE_BEND if free else CONTACT_BEND):
+            return Motion(end, slope, float(np.median(tracks.radius[index, window])))
     return None
 
 
@@ -228,8 +230,8 @@ def _chunk_errors(tracks: Tracks, family: Family, bar: Floats, chunk: slice) -> 
     places, velocities = extrapolate(list(motions.values()), frames, moving)
     squares: list[float] = []
     deviation = total = 0.0
-    for row, i in enumerate(motions):
-        known = _known_until(tracks, list(motions), row, places, bar, chunk)
+    until = _known_until(tracks, list(motions), places, bar, chunk)
+    for row, (i, known) in enumerate(zip(motions, until.tolist(), strict=True)):
         error = np.linalg.norm(tracks.centre[i, chunk] - places[row], axis=1)[:known]
         squares += np.square(error[~np.isnan(error)]).tolist()
         now = fit_motion(tracks, i, chunk.stop - 1)
@@ -244,23 +246,30 @@ def _chunk_errors(tracks: Tracks, family: Family, bar: Floats, chunk: slice) -> 
 
 
 def _known_until(
-    tracks: Tracks, known: list[int], row: int, places: Floats, bar: Floats, chunk: slice
-) -> int:
-    """Frames of the chunk for which nothing unaccounted for can have touched a predicted object."""
+    tracks: Tracks, known: list[int], places: Floats, bar: Floats, chunk: slice
+) -> Integers:
+    """Frames of the chunk, for each predicted object, before it may have met the unpredicted.
+
+    Others are unpredicted from the start, predicted ones from where they may have met such a one.
+    """
     frames = chunk.stop - chunk.start
-    own = places[row]
-    radius = float(np.nanmedian(tracks.radius[known[row], : chunk.start]))
-    margin = radius + CONTACT_MARGIN
-    at_bar = (own[:, 0] > bar[0] - margin) & (own[:, 0] < bar[1] + margin)
-    doubt = np.zeros(frames, bool)
-    for j in range(len(tracks.colours)):
-        if j in known or not tracks.anywhere[j, : chunk.stop].any():
-            continue
-        reach = radius + _usual_radius(tracks, j) + CONTACT_MARGIN
-        doubt |= np.linalg.norm(tracks.place[j, chunk] - own, axis=1) < reach
-        if j < tracks.named:
-            doubt |= at_bar & ~tracks.anywhere[j, chunk]
-    return int(doubt.argmax()) if doubt.any() else frames
+    time = np.arange(frames)
+    until = np.full(len(tracks.colours), frames)
+    until[[i not in known for i in range(len(until))]] = 0
+    for _ in range(len(known)):
+        for own, i in zip(places, known, strict=True):
+            margin = _usual_radius(tracks, i) + CONTACT_MARGIN
+            at_bar = (own[:, 0] > bar[0] - margin) & (own[:, 0] < bar[1] + margin)
+            for j in range(len(until)):
+                if j == i or not tracks.anywhere[j, : chunk.stop].any():
+                    continue
+                gap = np.linalg.norm(tracks.place[j, chunk] - own, axis=1)
+                doubt = gap < margin + _usual_radius(tracks, j)
+                if j < tracks.named:
+                    doubt |= at_bar & ~tracks.anywhere[j, chunk]
+                doubt &= time >= until[j]
+                until[i] = min(until[i], int(doubt.argmax()) if doubt.any() else frames)
+    return until[known]
 
 
 def _usual_radius(tracks: Tracks, index: int) -> float:
@@ -449,7 +458,7 @@ def _hide(
     entry = tracks.place[index, max(0, gone - 1)]
     width = float(bar[1] - bar[0]) + 2 * _usual_radius(tracks, index)
     # another object may have slowed it down to a crawl
-    late = gone + int(width / 0.15)
+    late = gone + int(width / SLOWEST)
     unknown = Hide(None, gone, late, late, fastest, entry)
     motion, since = _last_motion(tracks, index, gone)
     if motion is None:
@@ -542,33 +551,28 @@ class Pan:
         if frame == 0:
             return
         before = float(self.camera[frame - 1])
+        now, direction = self._coast(before)
         steady = [i for i in self.home if self.tracks.whole[i, frame] and i not in self.gone]
         if steady:
             offsets = [self.home[i][0] - self.tracks.place[i, frame, 0] for i in steady]
             now = float(np.median(offsets))
-            self._learn_speed(before, now)
-        else:
-            now = before + self.direction * self.speed
+            step = now - before
+            # the step across a turn may be short either way
+            direction = float(np.sign(step)) if abs(step) > 0.5 * self.speed else direction
+        if not steady or direction != self.direction:
             self.straight = []
-        if not 0 <= now <= SIZE and not steady:
-            now = -now if now < 0 else 2 * SIZE - now
-            self._turn(-self.direction)
-        self.camera[frame] = now
-
-    def _turn(self, direction: float) -> None:
-        self.direction = direction
-        self.straight = []
-
-    def _learn_speed(self, before: float, now: float) -> None:
-        step = now - before
-        if step * self.direction < -0.25:
-            self._turn(-self.direction)
-        elif step * self.direction < 0.5 * self.speed:
-            self.straight = []
-        else:
+        elif abs(now - before) > 0.5 * self.speed:
             self.straight.append(now)
+        self.camera[frame], self.direction = now, direction
         if len(self.straight) >= 12:
             self.speed = abs(self.straight[-1] - self.straight[0]) / (len(self.straight) - 1)
+
+    def _coast(self, before: float) -> tuple[float, float]:
+        """Where the camera goes from some place at its speed, and in which direction then."""
+        now = before + self.direction * self.speed
+        if 0 <= now <= SIZE:
+            return now, self.direction
+        return (-now if now < 0 else 2 * SIZE - now), -self.direction
 
     def _look(self, index: int, frame: int) -> None:
         tracks = self.tracks

@@ -58,7 +58,7 @@ WHITE_FROM = 0.64
 
 # pixels; the smallest shape of the world has 77
 SMALLEST_OBJECT = 24
-SMALLEST_CUT_OBJECT = 8
+SMALLEST_CUT_OBJECT = 20
 WINDOW = 28
 ONE_SHAPE_CORRELATION = 0.955
 BATCH = 64
@@ -470,7 +470,12 @@ def _bars(rgb: Floats, light: Floats) -> Floats:
     peak = np.sort(level, 1)[:, -10]
     body = level > (peak - 0.05)[:, None]
     for i in np.flatnonzero((peak > 0.3) & (body.sum(1) < 30)).tolist():
-        out[i] = _band(body[i], mean[i], float(peak[i]))
+        # objects beside the bar lighten their columns' means, not their medians
+        out[i] = _band(body[i], np.median(light[i], axis=0), float(peak[i]))
+    found = ~np.isnan(out[:, 0])
+    if found.mean() > 0.5:
+        # it does not move: a frame that hides it behind noise still has it
+        out[~found] = np.median(out[found], axis=0)
     return out
 
 

@@ -6,4 +6,4 @@ from vidkv.cache.formats.plain import BF16, FP32
 
 FORMATS: dict[str, type[PageFormat]] = {"fp32": FP32, "bf16": BF16, "int8": Int8}
 
-__all__ = ["BF16", "FP32", "FORMATS", "Int8", "PageFormat"]
+__all__ = ["BF16", "FORMATS", "FP32", "Int8", "PageFormat"]

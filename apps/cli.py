@@ -1,0 +1,291 @@
+"""The command line: `vidkv generate | estimate | doctor | bench | eval | train`.
+
+Results go to stdout (one JSON object with `--json`), progress and messages to stderr. Exit codes: 0 done,
+1 a check failed, 2 a value or file that cannot be used, 130 and 143 stopped by Ctrl-C and SIGTERM.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+import typer
+
+from vidkv.errors import InputError, PromptError, VidkvError
+
+if TYPE_CHECKING:
+    from vidkv.rollout import Chunk
+
+STARTED = time.perf_counter()
+OK, FAILED, UNUSABLE, SIGNALLED = 0, 1, 2, 128
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+bench_app = typer.Typer(no_args_is_help=True, help="Measure cost.")
+eval_app = typer.Typer(no_args_is_help=True, help="Measure quality.")
+train_app = typer.Typer(no_args_is_help=True, help="Train models.")
+app.add_typer(bench_app, name="bench")
+app.add_typer(eval_app, name="eval")
+app.add_typer(train_app, name="train")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Model = Annotated[str, typer.Option(help="A shipped model's name, or a folder.")]
+Window = Annotated[int | None, typer.Option(help="Latent frames attended, sinks and current chunk included.")]
+Sink = Annotated[int | None, typer.Option(help="First latent frames, kept for good.")]
+KvFormat = Annotated[str | None, typer.Option(help="Page format: fp32, bf16 or int8.")]
+Cache = Annotated[str | None, typer.Option(help="Further cache settings, e.g. 'int8,keep_newest,segment=3'.")]
+Height = Annotated[int | None, typer.Option(help="Pixels; the model's own by default.")]
+Width = Annotated[int | None, typer.Option(help="Pixels; the model's own by default.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to show.")],
+    out: Annotated[Path, typer.Option(help="The mp4 to write.")] = Path("video.mp4"),
+    seconds: Annotated[float, typer.Option(help="Length.")] = 10.0,
+    seed: Annotated[int, typer.Option(help="Same seed, same video.")] = 0,
+    model: Model = "bounce",
+    kv_format: KvFormat = None,
+    window: Window = None,
+    sink: Sink = None,
+    cache: Cache = None,
+    prompt_at: Annotated[
+        list[str] | None, typer.Option(help="SECOND:TEXT, another prompt from then on; repeatable.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps instead of the model's own.")] = None,
+    height: Height = None,
+    width: Width = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Turn a sentence into a video."""
+    from vidkv.apps import generate as generating
+
+    prompts = ((0.0, prompt), *(_timed_prompt(text) for text in prompt_at or ()))
+    request = generating.Request(
+        prompts, out, seconds, seed, model, _cache_changes(cache, kv_format, window, sink), height, width,
+        steps, device,
+    )  # fmt: skip
+    with ProgressLine() as line:
+        try:
+            result = generating.generate(generating.plan(request), line.chunk_done, STARTED)
+        except generating.Stopped as stopped:
+            line.close()
+            _say(str(stopped))
+            raise typer.Exit(SIGNALLED + stopped.signal) from None
+    _emit(result, as_json, f"{out}: {result['frames']} frames, {result['end_to_end_fps']} fps end to end")
+
+
+@app.command()
+def estimate(
+    model: Annotated[str, typer.Option(help="A model's name.")] = "bounce",
+    height: Height = None,
+    width: Width = None,
+    kv_format: KvFormat = None,
+    window: Window = None,
+    sink: Sink = None,
+    cache: Cache = None,
+    batch: Annotated[int, typer.Option(min=1, help="Videos at once.")] = 1,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Say what memory a rollout needs, without its weights."""
+    from vidkv.apps.generate import cache_spec, pick_device
+    from vidkv.memory import plan_memory
+    from vidkv.models.registry import MODELS
+
+    if model not in MODELS:
+        raise InputError(f"unknown model {model!r}; known are {', '.join(MODELS)}")
+    entry = MODELS[model]
+    where = "cpu" if entry.weights and pick_device(device) == "cpu" else "cuda"
+    spec = cache_spec(entry, _cache_changes(cache, kv_format, window, sink), where)
+    dtype = _compute_dtype(where)
+    plan = plan_memory(entry, spec, height or entry.height, width or entry.width, batch, dtype)
+    rows = "\n".join(f"{name:17} {value / 1e9:10.3f} GB" for name, value in plan.as_dict().items())
+    _emit(plan.as_dict() | {"model": model, "cache": str(spec)}, as_json, rows)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check this machine: torch, triton, GPU, PyAV, disk, weights, and the read paths."""
+    from rich.console import Console
+
+    from vidkv.apps.doctor import healthy, render, run_checks
+
+    checks = run_checks()
+    good = healthy(checks)
+    if as_json:
+        _emit({"healthy": good, "checks": [dataclasses.asdict(check) for check in checks]}, True, "")
+    else:
+        Console().print(render(checks))
+    raise typer.Exit(OK if good else FAILED)
+
+
+@bench_app.command("rollout")
+def bench_rollout(
+    chunks: Annotated[int, typer.Option(min=60, help="Chunks to roll out.")] = 1000,
+    formats: Annotated[str, typer.Option(help="Page formats, with commas.")] = "fp32,bf16,int8",
+    model: Model = "bounce",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Cost and memory per chunk over a long rollout, formats in turn."""
+    from vidkv.apps.bench import rollout_report, table
+    from vidkv.apps.generate import pick_device
+
+    with ProgressLine() as line:
+        report = rollout_report(model, formats.split(","), chunks, pick_device(device), line.step_done)
+    _emit(report, as_json, table(report))
+
+
+@eval_app.command("world")
+def eval_world(
+    model: Model = "bounce",
+    rollouts: Annotated[int, typer.Option(min=2, help="Paired rollouts.")] = 200,
+    chunks: Annotated[int, typer.Option(min=4, help="Chunks per rollout.")] = 21,
+    kv_format: Annotated[str, typer.Option(help="Format compared with the unquantized one.")] = "int8",
+    quick: Annotated[bool, typer.Option(help="A few short rollouts, as CI runs them.")] = False,
+    controls: Annotated[bool, typer.Option(help="Also run the negative controls and A/A.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Hold rollouts of the embedded world against what the prompt and physics say."""
+    from vidkv.apps.evaluate import evaluate_world, table
+
+    with ProgressLine() as line:
+        report = evaluate_world(model, rollouts, chunks, kv_format, quick, controls, line.step_done)
+    _emit(report, as_json, table(report))
+
+
+@train_app.command("bounce")
+def train_bounce(
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints, curve and the finished pipeline.")],
+    world: Annotated[str, typer.Option(help="narrow or wide.")] = "wide",
+    recipe: Annotated[str, typer.Option(help="gpu or cpu: batch sizes and stage lengths.")] = "gpu",
+    minutes: Annotated[float, typer.Option(help="Budget of all stages together.")] = 25.0,
+    init: Annotated[Path | None, typer.Option(help="A pipeline folder to start from.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train the embedded world model; run again to go on from the last checkpoint."""
+    from vidkv.apps.train.bounce import train
+
+    _emit(train(out, world, recipe, minutes, init), as_json, f"{out / 'pipeline'}: done")
+
+
+class ProgressLine:
+    """What is going on, on stderr: one changing line on a terminal, a plain line now and then elsewhere."""
+
+    every_s = 5.0
+
+    def __init__(self) -> None:
+        self.terminal = sys.stderr.isatty()
+        self.last = 0.0
+        self.open = False
+
+    def __enter__(self) -> ProgressLine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def chunk_done(self, chunk: Chunk, chunks: int, frames: int, elapsed_s: float) -> None:
+        left = elapsed_s / (chunk.index + 1) * (chunks - chunk.index - 1)
+        self._show(
+            f"chunk {chunk.index + 1}/{chunks}  {frames / elapsed_s:.1f} fps  ETA {left:.0f} s  "
+            f"KV {chunk.stats.kv_bytes / 1e6:.2f} MB",
+            last=chunk.index + 1 == chunks,
+        )
+
+    def step_done(self, done: int, total: int, what: str) -> None:
+        self._show(f"{what}  {done}/{total}", last=done == total)
+
+    def close(self) -> None:
+        if self.open:
+            sys.stderr.write("\n")
+            self.open = False
+
+    def _show(self, text: str, last: bool) -> None:
+        now = time.monotonic()
+        if not last and now - self.last < (0.1 if self.terminal else self.every_s):
+            return
+        self.last = now
+        sys.stderr.write(f"\r\x1b[K{text}" if self.terminal else f"{text}\n")
+        sys.stderr.flush()
+        self.open = self.terminal
+
+
+def _timed_prompt(text: str) -> tuple[float, str]:
+    second, colon, prompt = text.partition(":")
+    try:
+        if not colon:
+            raise ValueError
+        return float(second), prompt.strip()
+    except ValueError:
+        raise PromptError(f"--prompt-at {text[:60]!r} is not SECOND:TEXT, such as '12.5:a blue circle bouncing'") from None
+
+
+def _cache_changes(
+    cache: str | None, kv_format: str | None, window: int | None, sink: int | None
+) -> dict[str, Any]:
+    """Settings that the command line names, the special options over `--cache`."""
+    from vidkv.cache import CacheSpec
+
+    changes: dict[str, Any] = {}
+    if cache:
+        spec = CacheSpec.parse(cache)
+        changes |= {name: getattr(spec, name) for name in spec.model_fields_set}
+    given = {"format": kv_format, "window": window, "sink": sink}
+    return changes | {name: value for name, value in given.items() if value is not None}
+
+
+def _compute_dtype(device: str) -> Any:
+    import torch
+
+    return torch.float32 if device == "cpu" else torch.bfloat16
+
+
+def _emit(result: dict[str, Any], as_json: bool, text: str) -> None:
+    print(json.dumps(result, allow_nan=True) if as_json else text)
+
+
+def _say(message: str) -> None:
+    print(f"vidkv: {message}", file=sys.stderr)
+
+
+def _quieten() -> None:
+    """Libraries' bars and notices would drown the progress line; errors still come through."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    logging.getLogger().setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+
+
+def main() -> None:
+    """Console script."""
+    _quieten()
+    try:
+        code = app(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except VidkvError as error:
+        _say(str(error))
+        code = UNUSABLE
+    except (KeyboardInterrupt, click.Abort):
+        _say("stopped")
+        code = SIGNALLED + 2
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,287 @@
+"""`vidkv eval world`: rollouts of the embedded world against what the prompt and physics say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vidkv.apps.bench import hardware
+from vidkv.apps.controls import BROKEN_CACHES
+from vidkv.cache import CacheSpec, KVCache
+from vidkv.errors import InputError, VidkvError
+from vidkv.models.bounce.metrics import (
+    RolloutMetrics,
+    bootstrap_ci,
+    brightness_creep,
+    frozen,
+    measure,
+    paired_bootstrap,
+    returns_by_gap,
+)
+from vidkv.models.bounce.parser import parse_frames
+from vidkv.models.bounce.prompts import WORLDS, Family, ScenePrompt, World
+from vidkv.models.bounce.world import sample_scenes
+from vidkv.pipeline import CausalVideoPipeline
+
+BATCH = 8
+QUICK_ROLLOUTS, QUICK_CHUNKS = 6, 6
+CONTROL_ROLLOUTS = 16
+MIX: tuple[tuple[Family, bool], ...] = (
+    ("bounce", False),
+    ("bounce", False),
+    ("occluder", False),
+    ("camera", False),
+    ("still", False),
+    ("bounce", True),
+)
+PER_CHUNK = (
+    "identity", "colour", "shape", "colour_delta_e", "count_error", "luminance_drift", "trajectory_rmse",
+    "speed_error", "teleports",
+)  # fmt: skip
+Tell = Callable[[int, int, str], None]
+
+
+
+@dataclass(frozen=True)
+class Task:
+    """One rollout to make: a scene, its seed, and when its event is told."""
+
+    prompt: ScenePrompt
+    seed: int
+    event_chunk: int | None
+
+    def text(self, chunk: int) -> str:
+        """The prompt of a chunk."""
+        if self.prompt.event is None:
+            return self.prompt.text()
+        plain = ScenePrompt(self.prompt.objects, self.prompt.family)
+        told = self.event_chunk is not None and chunk >= self.event_chunk
+        return (self.prompt if told else plain).text()
+
+
+@dataclass
+class Results:
+    """Metrics of the same tasks under one setting."""
+
+    metrics: list[RolloutMetrics]
+    lossy_pages_read: int
+
+    def curve(self, name: str) -> np.ndarray:
+        """(rollouts, chunks) of one per-chunk metric."""
+        return np.stack([getattr(m, name) for m in self.metrics])
+
+
+def tasks(number: int, world: World, chunks: int, seed: int = 1000) -> list[Task]:
+    """Held-out scenes in the proportions of MIX, the same for every setting."""
+    generator = torch.Generator().manual_seed(seed)
+    event = torch.tensor([0])
+    made = []
+    for i in range(number):
+        family, happens = MIX[i % len(MIX)]
+        events = event if happens else None
+        prompt = sample_scenes(1, generator, family, events, world).prompts()[0]
+        made.append(Task(prompt, seed + i, max(2, chunks // 2) if happens else None))
+    return made
+
+
+def evaluate_world(
+    model: str, rollouts: int, chunks: int, kv_format: str, quick: bool, controls: bool, tell: Tell
+) -> dict[str, Any]:
+    """Roll the tasks out with the model's own cache and with `kv_format`, and compare.
+
+    Returns:
+        `identity`, `colour_delta_e`, `count_error` and the other per-chunk metrics of the unquantized
+        cache by chunk, each with `value` and `ci95`; `teleports_per_frame`; `reappearance` by gap in
+        frames; `event_latency_chunks`; `quantized`: the same metrics under `kv_format` and paired
+        differences; with `controls`, what each broken setting moves.
+
+    Raises:
+        InputError: the model is not one of the embedded world, or the format is not lossy.
+        VidkvError: no quantized page was read, so nothing was compared.
+    """
+    pipe = CausalVideoPipeline.from_pretrained(model)
+    grammar = pipe.config.prompt_grammar or ""
+    if not grammar.startswith("bounce:"):
+        raise InputError(f"model={model!r} is no model of the embedded world; its truth is unknown")
+    if quick:
+        rollouts, chunks = QUICK_ROLLOUTS, QUICK_CHUNKS
+    world = WORLDS[grammar.removeprefix("bounce:")]
+    spec = pipe.default_cache()
+    lossy = CacheSpec.of(spec.model_dump() | {"format": kv_format})
+    work = tasks(rollouts, world, chunks)
+    plain = _roll(pipe, work, chunks, spec, tell, "unquantized")
+    coded = _roll(pipe, work, chunks, lossy, tell, kv_format)
+    if not coded.lossy_pages_read:
+        raise VidkvError(f"no quantized page was read with {lossy}: nothing was compared; check the format")
+    report: dict[str, Any] = {
+        "hardware": hardware("cpu"),
+        "model": model,
+        "world": grammar.removeprefix("bounce:"),
+        "rollouts": rollouts,
+        "chunks": chunks,
+        "cache": str(spec),
+    }
+    report |= _summary(plain)
+    report["quantized"] = {"cache": str(lossy), "lossy_pages_read": coded.lossy_pages_read} | _summary(coded)
+    report["paired_difference"] = {
+        name: _by_chunk(lambda c, n=name: paired_bootstrap(coded.curve(n)[:, c], plain.curve(n)[:, c]), chunks)
+        for name in ("identity", "colour_delta_e", "trajectory_rmse")
+    }
+    if controls:
+        report["controls"] = _controls(pipe, world, chunks, spec, tell)
+    return report
+
+
+def _roll(
+    pipe: CausalVideoPipeline,
+    work: Sequence[Task],
+    chunks: int,
+    spec: CacheSpec,
+    tell: Tell,
+    name: str,
+    kind: type[KVCache] = KVCache,
+    alter: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> Results:
+    """Roll all tasks out in batches, parse and measure them.
+
+    Args:
+        kind: the class of cache.
+        alter: changes the pixels of a rollout (frames, 64, 64, 3) before they are parsed.
+    """
+    metrics, lossy = [], 0
+    for start in range(0, len(work), BATCH):
+        group = work[start : start + BATCH]
+        frames, pages = roll_group(pipe, group, chunks, spec, kind)
+        lossy += pages
+        for task, video in zip(group, frames.numpy(), strict=True):
+            parsed = parse_frames(alter(video) if alter else video)
+            metrics.append(measure(parsed, task.prompt, event_chunk=task.event_chunk))
+        tell(min(start + BATCH, len(work)), len(work), f"{name} rollouts")
+    return Results(metrics, lossy)
+
+
+def roll_group(
+    pipe: CausalVideoPipeline, group: Sequence[Task], chunks: int, spec: CacheSpec, kind: type[KVCache]
+) -> tuple[Tensor, int]:
+    """Videos of some tasks in one batch, (tasks, frames, 64, 64, 3) uint8, and lossy pages read."""
+    rollout = pipe.rollout(batch=len(group), seeds=[task.seed for task in group], cache=spec)
+    if kind is not KVCache:
+        rollout.cache = kind(spec, rollout.cache.geometry, rollout.device, rollout.dtype)
+    parts, texts, lossy = [], None, 0
+    for chunk in range(chunks):
+        wanted = [task.text(chunk) for task in group]
+        if wanted != texts:
+            rollout.set_text(pipe.encode_prompt(wanted))
+            texts = wanted
+        made = rollout.step_chunk()
+        assert made.frames is not None
+        parts.append(made.frames)
+        lossy += made.stats.lossy_pages_read
+    return torch.cat(parts, 1), lossy
+
+
+def _summary(results: Results) -> dict[str, Any]:
+    chunks = len(results.metrics[0].identity)
+    summary: dict[str, Any] = {
+        name: _by_chunk(lambda c, n=name: bootstrap_ci(results.curve(n)[:, c]), chunks) for name in PER_CHUNK
+    }
+    per_rollout = [_mean(m.teleports) for m in results.metrics]
+    summary["teleports_per_frame"] = _value(bootstrap_ci(per_rollout))
+    gaps = returns_by_gap([item for m in results.metrics for item in m.returns])
+    summary["reappearance"] = {
+        f"{low}-{high - 1}": _value(bootstrap_ci(right)) | {"returns": len(right)}
+        for (low, high), right in gaps.items()
+    }
+    latencies = [m.event_latency for m in results.metrics if not math.isnan(m.event_latency)]
+    obeyed = [value for value in latencies if math.isfinite(value)]
+    summary["event_latency_chunks"] = _value(bootstrap_ci(obeyed)) | {
+        "events": len(latencies),
+        "never": len(latencies) - len(obeyed),
+    }
+    return summary
+
+
+def _controls(
+    pipe: CausalVideoPipeline, world: World, chunks: int, spec: CacheSpec, tell: Tell
+) -> dict[str, Any]:
+    """What each broken setting does to the mean of each metric, against the same rollouts unbroken.
+
+    `z` is the paired mean difference over its standard error; a control has worked when its own metric
+    moved by at least 5, and A/A when none moved at all.
+    """
+    work = tasks(CONTROL_ROLLOUTS, world, chunks, seed=5000)
+    honest = _roll(pipe, work, chunks, spec, tell, "honest")
+    runs = {"a_a": _roll(pipe, work, chunks, spec, tell, "a/a")}
+    for name, kind in BROKEN_CACHES.items():
+        runs[name] = _roll(pipe, work, chunks, spec, tell, name, kind)
+    still = chunks // 2 * 12
+    runs["frozen_frames"] = _roll(
+        pipe, work, chunks, spec, tell, "frozen", alter=lambda video: frozen(video, still)
+    )
+    runs["brightness_creep"] = _roll(pipe, work, chunks, spec, tell, "brightness", alter=brightness_creep)
+    return {
+        name: {metric: _shift(run.curve(metric), honest.curve(metric)) for metric in PER_CHUNK}
+        for name, run in runs.items()
+    }
+
+
+def _shift(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
+    """Paired difference of rollout means, and how many standard errors it is."""
+    pairs = np.array([_mean(x) - _mean(y) for x, y in zip(a, b, strict=True)])
+    pairs = pairs[~np.isnan(pairs)]
+    if len(pairs) < 2:
+        return {"difference": math.nan, "z": math.nan}
+    error = pairs.std(ddof=1) / math.sqrt(len(pairs))
+    mean = float(pairs.mean())
+    z = 0.0 if mean == 0 else mean / error if error else math.copysign(math.inf, mean)
+    return {"difference": round(mean, 5), "z": round(float(z), 2)}
+
+
+def _by_chunk(value: Callable[[int], tuple[float, float, float]], chunks: int) -> dict[str, Any]:
+    return {str(chunk): _value(value(chunk)) for chunk in range(chunks)}
+
+
+def _value(interval: tuple[float, float, float]) -> dict[str, Any]:
+    mean, low, high = (None if math.isnan(x) else round(x, 5) for x in interval)
+    return {"value": mean, "ci95": [low, high]}
+
+
+def _mean(values: np.ndarray) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else math.nan
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as text: a few chunks of each curve, both settings side by side."""
+    chunks = report["chunks"]
+    shown = sorted({0, min(4, chunks - 1), min(9, chunks - 1), chunks // 2, chunks - 1})
+    lines = [f"{report['rollouts']} rollouts of {chunks} chunks, world {report['world']}, {report['hardware']}"]
+    lines.append("metric (chunk)".ljust(28) + "".join(f"{c:>18}" for c in shown))
+    for name in PER_CHUNK:
+        for label, part in (("", report), (" " + report["quantized"]["cache"].split(",")[0], report["quantized"])):
+            cells = "".join(f"{_cell(part[name][str(c)]):>18}" for c in shown)
+            lines.append(f"{name}{label}".ljust(28) + cells)
+    for gap, value in report["reappearance"].items():
+        lines.append(f"reappearance after {gap} frames: {_cell(value)} of {value['returns']}")
+    lines.append(f"teleports per frame: {_cell(report['teleports_per_frame'])}")
+    latency = report["event_latency_chunks"]
+    lines.append(
+        f"event latency: {_cell(latency)} chunks, {latency['never']} of {latency['events']} never obeyed"
+    )
+    for name, moved in report.get("controls", {}).items():
+        largest = sorted(moved.items(), key=lambda item: -abs(item[1]["z"]) if item[1]["z"] == item[1]["z"] else 0)
+        lines.append(f"control {name}: " + ", ".join(f"{m} z={v['z']}" for m, v in largest[:4]))
+    return "\n".join(lines)
+
+
+def _cell(value: dict[str, Any]) -> str:
+    if value["value"] is None:
+        return "-"
+    low, high = value["ci95"]
+    return f"{value['value']:.3f} [{low:.2f},{high:.2f}]"
