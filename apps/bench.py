@@ -31,7 +31,7 @@ def rollout_report(
         bootstrap interval; and the slope of the process's resident memory over all chunks.
     """
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    pipe = CausalVideoPipeline.from_pretrained(model, torch_dtype=dtype).to(device)
+    pipe = CausalVideoPipeline.from_pretrained(model, dtype=dtype).to(device)
     base = pipe.default_cache()
     specs = {name: CacheSpec.of(base.model_dump() | {"format": name}) for name in formats}
     rollouts = {name: pipe.rollout(cache=spec, decode=False) for name, spec in specs.items()}

@@ -142,7 +142,7 @@ def generate(plan: Plan, report: Reporter, started: float) -> dict[str, Any]:
     """
     request, entry = plan.request, plan.entry
     dtype = torch.float32 if plan.device == "cpu" else torch.bfloat16
-    pipe = CausalVideoPipeline.from_pretrained(plan.folder, torch_dtype=dtype).to(plan.device)
+    pipe = CausalVideoPipeline.from_pretrained(plan.folder, dtype=dtype).to(plan.device)
     pipe.set_progress_bar_config(disable=True)
     height, width = request.height or entry.height, request.width or entry.width
     folder = request.out.with_name(request.out.name + ".segments")

@@ -55,7 +55,7 @@ def naive_reads(spec: CacheSpec, chunks: Sequence[int]) -> Reads:
 
 @dataclass
 class Naive:
-    """Attention with plain loops at float64: chunk by chunk, head by head, keys turned one frame at a time."""
+    """Attention in plain loops at float64: chunk by chunk, head by head, each frame turned by itself."""
 
     height: int
     width: int
@@ -267,7 +267,7 @@ class TestCached:
         assert relative_l2(found, wanted) <= bound
 
     @given(segment=st.integers(1, 9), heads=st.sampled_from([2, 4]), window=st.integers(5, 14))
-    @settings(max_examples=15)
+    @settings(max_examples=12)
     def test_segments_do_not_matter(self, segment: int, heads: int, window: int) -> None:
         spec = CacheSpec(window=window, sink=2, segment=segment)
         qkv = random_qkv(18, GEOMETRY, heads)
@@ -318,8 +318,9 @@ class TestThroughTheModel:
     """Several layers: keys and values of a chunk depend on what its layers below have read."""
 
     @pytest.mark.parametrize("chunks", [[3, 3, 3, 3], [1, 3, 3, 3], [3, 3, 2]], ids=str)
-    @pytest.mark.parametrize("spec", SPECS, ids=str)
-    @pytest.mark.parametrize("kv_heads", [None, 1], ids=["MHA", "MQA"])
+    @pytest.mark.parametrize(
+        ("spec", "kv_heads"), [*((spec, None) for spec in SPECS), (SPECS[0], 1), (SPECS[6], 1)], ids=str
+    )
     def test_mask_loops_and_cache_agree(
         self, spec: CacheSpec, chunks: list[int], kv_heads: int | None
     ) -> None:

@@ -105,7 +105,7 @@ class BlockCausalAttention:
         self.key_mask = key_valid.repeat_interleave(height * width, 1)[:, None, None].to(device)
         slots = torch.nonzero(queries.flatten() >= 0).flatten()
         self.restore_order = slots[queries.flatten()[slots].argsort()].to(device)
-        self._phases: tuple[Tensor, Tensor, Tensor] | None = None
+        self._phases: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor, Tensor]] = {}
 
     def layer(self, index: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         return self._attend
@@ -123,15 +123,15 @@ class BlockCausalAttention:
         return out[:, self.restore_order]
 
     def _turns(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Phases of queries, of the key bank, and of the grid; made once."""
-        if self._phases is None:
-            d, dtype = like.shape[-1], like.dtype
-            self._phases = (
+        """Phases of queries, of the key bank, and of the grid; made once per head size and precision."""
+        d, dtype = like.shape[-1], like.dtype
+        if (d, dtype) not in self._phases:
+            self._phases[d, dtype] = (
                 temporal_phases(d, self.query_positions, dtype),
                 temporal_phases(d, self.bank_positions, dtype),
                 spatial_phases(d, self.height, self.width, self.device, dtype),
             )
-        return self._phases
+        return self._phases[d, dtype]
 
 
 def _reads(spec: CacheSpec, chunks: Sequence[int]) -> list[OpenChunk]:

@@ -95,7 +95,7 @@ class CausalVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
 
         Args:
             model: a name whose weights ship with the package, or a folder.
-            **kwargs: as for diffusers, e.g. `torch_dtype`; float32 by default.
+            **kwargs: as for diffusers, e.g. `dtype`; float32 by default.
 
         Raises:
             InputError: no such model or folder.
@@ -104,7 +104,7 @@ class CausalVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
         folder = find_model(model)
         verify(folder / "transformer", CausalWanTransformer3DModel)
         verify(folder / "vae", AutoencoderKLWan)
-        kwargs.setdefault("torch_dtype", torch.float32)
+        kwargs.setdefault("dtype", torch.float32)
         kwargs.setdefault("local_files_only", True)
         try:
             pipe: CausalVideoPipeline = super().from_pretrained(str(folder), **kwargs)

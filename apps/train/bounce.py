@@ -77,7 +77,7 @@ def train(out: Path, world: str, recipe: str, minutes: float, init: Path | None)
     if init is not None:
         init = find_model(init)
         verify(init / "vae", AutoencoderKLWan)
-        vae = AutoencoderKLWan.from_pretrained(init / "vae", torch_dtype=torch.float32)
+        vae = AutoencoderKLWan.from_pretrained(init / "vae", dtype=torch.float32)
     else:
         vae = vae_stage.train(
             out, Accelerator(cpu=recipe == "cpu"), STEPS, vae_minutes, settings.vae_batch, peak=settings.peaks[0]

@@ -331,7 +331,7 @@ def save_parts(student: Student, folder: Path) -> None:
 def load_parts(folder: Path) -> Student:
     """A student with the float16 weights that `save_parts` wrote."""
     student = Student()
-    transformer = CausalWanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32)
+    transformer = CausalWanTransformer3DModel.from_pretrained(folder / "transformer", dtype=torch.float32)
     encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
     student.transformer.load_state_dict(transformer.state_dict())
     student.text_encoder.load_state_dict(encoder.state_dict())

@@ -1,15 +1,16 @@
 """What a rollout of the embedded world does right, chunk by chunk, from its parsed pixels.
 
 Every metric is NaN where there is no evidence: no object in full view, nothing that moves, nothing
-that was hidden. Lengths are pixels of the 64x64 view, speeds pixels per frame, luminance is in [0, 1]
-(one 8-bit level is 0.0039). An object stands for the colour that the prompt gives it, and is judged
-only while `Seen.whole`: neither behind the bar, nor cut by the border, nor touching another.
+that was hidden. Lengths are pixels of the 64x64 view, speeds pixels per frame, luminance is in
+[0, 1] (one 8-bit level is 0.0039). An object is known by the colour that the prompt gives it, and is
+judged only while `Seen.whole`: neither behind the bar, nor cut by the border, nor touching another.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -54,7 +55,7 @@ GAP_BINS = (1, 13, 25, 49, 97, 193)
 def chunk_slices(frames: int, first: int = FIRST_CHUNK, later: int = LATER_CHUNK) -> list[slice]:
     """The chunks of a rollout; the last one may be cut short."""
     edges = [0, *range(first, frames, later), frames]
-    return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False) if b > a]
+    return [slice(a, b) for a, b in pairwise(edges) if b > a]
 
 
 @dataclass
@@ -91,7 +92,7 @@ class Tracks:
 
 
 def track(parsed: Parsed, prompt: ScenePrompt) -> Tracks:
-    """Follow the objects of the prompt, first and in its order, and every other colour after them."""
+    """Follow the objects of the prompt, first and in its order, and then every other colour."""
     named = [frozenset(_colours_of(prompt, item)) for item in prompt.objects]
     rest = [frozenset({colour}) for colour in COLOURS if not any(colour in s for s in named)]
     colours = named + rest
@@ -119,7 +120,7 @@ def _colours_of(prompt: ScenePrompt, item: tuple[str, str]) -> set[str]:
 
 
 def _follow(parsed: Parsed, colours: frozenset[str]) -> list[Seen | None]:
-    """One sighting per frame; of several the one nearest to where the object was, whole ones first."""
+    """One sighting per frame: of several a whole one if there is, nearest to where it was."""
     row: list[Seen | None] = []
     last: Seen | None = None
     for objects in parsed.objects:
@@ -245,9 +246,7 @@ def _chunk_errors(tracks: Tracks, family: Family, bar: Floats, chunk: slice) -> 
     )
 
 
-def _known_until(
-    tracks: Tracks, known: list[int], places: Floats, bar: Floats, chunk: slice
-) -> Integers:
+def _known_until(tracks: Tracks, known: list[int], places: Floats, bar: Floats, chunk: slice) -> Integers:
     """Frames of the chunk, for each predicted object, before it may have met the unpredicted.
 
     Others are unpredicted from the start, predicted ones from where they may have met such a one.
@@ -373,9 +372,7 @@ def visibility(tracks: Tracks, prompt: ScenePrompt, bar: Floats) -> Visibility:
     return out
 
 
-def _behind_bar(
-    tracks: Tracks, index: int, prompt: ScenePrompt, bar: Floats, out: Visibility
-) -> None:
+def _behind_bar(tracks: Tracks, index: int, prompt: ScenePrompt, bar: Floats, out: Visibility) -> None:
     """Excuse an object for the time it can be behind the bar, and judge its return."""
     there = tracks.anywhere[index]
     edges = np.flatnonzero(np.diff(np.concatenate([[True], there, [True]]).astype(int)))
@@ -450,9 +447,7 @@ def _most(values: Integers) -> int:
     return int(np.bincount(values).argmax())
 
 
-def _hide(
-    tracks: Tracks, index: int, prompt: ScenePrompt, bar: Floats, gone: int, back: int
-) -> Hide:
+def _hide(tracks: Tracks, index: int, prompt: ScenePrompt, bar: Floats, gone: int, back: int) -> Hide:
     """Predict where an object that went behind the bar at frame `gone` comes out again."""
     fastest = fastest_speed(prompt)
     entry = tracks.place[index, max(0, gone - 1)]
@@ -496,8 +491,10 @@ def _may_meet(tracks: Tracks, index: int, path: Floats, since: int, until: int) 
         if j < tracks.named and not tracks.anywhere[j, since:until].all():
             return True
         gap = np.linalg.norm(tracks.place[j, since:until] - path[: until - since], axis=1)
-        reach = _usual_radius(tracks, index) + _usual_radius(tracks, j) + 2 * CONTACT_MARGIN
-        if (gap < reach).any():
+        radius = _usual_radius(tracks, j)
+        reach = _usual_radius(tracks, index) + radius + 2 * CONTACT_MARGIN
+        # the centre of a part is off by up to a radius
+        if (gap < reach + radius * ~tracks.whole[j, since:until]).any():
             return True
     return False
 
@@ -552,16 +549,17 @@ class Pan:
             return
         before = float(self.camera[frame - 1])
         now, direction = self._coast(before)
+        turns = direction != self.direction
         steady = [i for i in self.home if self.tracks.whole[i, frame] and i not in self.gone]
         if steady:
             offsets = [self.home[i][0] - self.tracks.place[i, frame, 0] for i in steady]
             now = float(np.median(offsets))
             step = now - before
-            # the step across a turn may be short either way
-            direction = float(np.sign(step)) if abs(step) > 0.5 * self.speed else direction
+            if not turns and abs(step) > 0.5 * self.speed:
+                direction = float(np.sign(step))
         if not steady or direction != self.direction:
             self.straight = []
-        elif abs(now - before) > 0.5 * self.speed:
+        else:
             self.straight.append(now)
         self.camera[frame], self.direction = now, direction
         if len(self.straight) >= 12:
@@ -626,9 +624,7 @@ def returns_by_gap(
     returns: Iterable[Return], edges: Sequence[int] = GAP_BINS
 ) -> dict[tuple[int, int], list[bool]]:
     """Right or wrong of all returns whose gap is in [low, high) frames, for every bin."""
-    bins: dict[tuple[int, int], list[bool]] = {
-        (low, high): [] for low, high in zip(edges, edges[1:], strict=False)
-    }
+    bins: dict[tuple[int, int], list[bool]] = {(low, high): [] for low, high in pairwise(edges)}
     for item in returns:
         for (low, high), values in bins.items():
             if low <= item.gap < high:
@@ -669,7 +665,7 @@ def count_chunk(
     """Match the sightings of a chunk with the objects of the prompt, see `identity_metrics`.
 
     Args:
-        event: whether the prompt's event is "none", still "ahead", happening "now" or in the "past".
+        event: the prompt's event is "none", still "ahead", happening "now" or in the "past".
     """
     counts = Counts()
     for frame in range(chunk.start, chunk.stop):
@@ -853,9 +849,7 @@ def delta_e_2000(first: Floats, second: Floats) -> Floats:
     return np.asarray(np.sqrt(np.maximum(squared, 0)))
 
 
-def luminance_drift(
-    parsed: Parsed, tracks: Tracks, family: Family, chunks: Sequence[slice]
-) -> Floats:
+def luminance_drift(parsed: Parsed, tracks: Tracks, family: Family, chunks: Sequence[slice]) -> Floats:
     """Luminance of the background minus that of the first chunk, (chunks,), in [-1, 1].
 
     Squares of 8x8 pixels are compared with themselves, so that what the objects hide does not
@@ -874,7 +868,7 @@ def luminance_drift(
 
 
 def _surroundings(tracks: Tracks) -> npt.NDArray[np.float32]:
-    """(frames, n) luminance around each whole object that is far enough from the border; else NaN."""
+    """(frames, n) luminance around each whole object well inside the view; NaN elsewhere."""
     ground = np.array(
         [
             [s.ground if s and s.whole and 14 < s.x < SIZE - 14 else (np.nan,) * 3 for s in row]
@@ -987,9 +981,7 @@ def event_latency(
 # --- statistics ---
 
 
-def bootstrap_ci(
-    values: npt.ArrayLike, samples: int = 10_000, seed: int = 0
-) -> tuple[float, float, float]:
+def bootstrap_ci(values: npt.ArrayLike, samples: int = 10_000, seed: int = 0) -> tuple[float, float, float]:
     """Mean of independent values and its 95 % percentile interval; NaN values are left out.
 
     Returns:
@@ -1104,4 +1096,4 @@ def _own(frames: Pixels) -> Frames:
 
 
 def _bytes(values: npt.NDArray[np.floating]) -> Frames:
-    return np.rint(values.clip(0, 1) * 255).astype(np.uint8)
+    return np.asarray(np.rint(values.clip(0, 1) * 255), np.uint8)

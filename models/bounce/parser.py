@@ -1,8 +1,8 @@
 """State from pixels: which shapes a frame shows, where, and how sure that is.
 
-Units follow `world`: pixels of a 64x64 view, x right, y down, colours in [0, 1]. What a VAE or a codec
-does to a frame is expected here: edges may be soft, and brightness and hue may be off by 0.1. Only
-`Seen.whole` objects are fit to be judged; the others are cut off by something in front of them.
+Units follow `world`: pixels of a 64x64 view, x right, y down, colours in [0, 1]. What a VAE or a
+codec does to a frame is expected here: edges may be soft, and brightness and hue may be off by 0.1.
+Only `Seen.whole` objects are fit to be judged; the others are cut off by something before them.
 """
 
 from __future__ import annotations
@@ -123,22 +123,18 @@ class Parsed:
         return len(self.objects)
 
     def __getitem__(self, frames: slice) -> Parsed:
-        return Parsed(
-            self.objects[frames], self.bar[frames], self.ground[frames], self.luminance[frames]
-        )
+        return Parsed(self.objects[frames], self.bar[frames], self.ground[frames], self.luminance[frames])
 
 
 def parse_frames(frames: Pixels) -> Parsed:
-    """Recover the state of every frame; about 0.5 ms a frame on one core.
+    """Recover the state of every frame of one clip; takes under a millisecond a frame on one core.
 
     Args:
         frames: (frames, 64, 64, 3) uint8.
     """
     pixels = _as_array(frames)
     if pixels.dtype != np.uint8 or pixels.shape[1:] != (SIZE, SIZE, 3):
-        raise ValueError(
-            f"frames are {pixels.dtype} {pixels.shape}, not uint8 (frames, {SIZE}, {SIZE}, 3)"
-        )
+        raise ValueError(f"frames are {pixels.dtype} {pixels.shape}, not uint8 (frames, {SIZE}, {SIZE}, 3)")
     parts = [_parse(pixels[i : i + BATCH]) for i in range(0, len(pixels), BATCH)]
     if not parts:
         empty = np.zeros(0, np.float32)
@@ -209,7 +205,7 @@ def nearest_paint(rgb: Floats) -> Integers:
     difference = rgb[:, None] - PAINTS
     hue = np.square(difference @ CHROMA).sum(-1)
     grey = np.square(difference.mean(-1))
-    return (hue + 0.5 * grey).argmin(1)
+    return np.asarray((hue + 0.5 * grey).argmin(1))
 
 
 def components(kind: npt.NDArray[np.int8]) -> tuple[Integers, int]:
@@ -285,9 +281,7 @@ def _is_one_shape(region: Integers, chosen: Integers) -> Masks:
     return np.asarray(fit.max(1) > ONE_SHAPE_CORRELATION)
 
 
-def _moments(
-    index: Integers, column: Integers, row: Integers, number: int
-) -> tuple[Floats, Floats, Floats]:
+def _moments(index: Integers, column: Integers, row: Integers, number: int) -> tuple[Floats, Floats, Floats]:
     """Area and centre of numbered pixel sets, (number,) each."""
     area = np.bincount(index, minlength=number)
     x = np.bincount(index, column + 0.5, number) / area
@@ -310,7 +304,7 @@ def _crop(
     inside = (rows >= 0) & (rows < SIZE) & (columns >= 0) & (columns < SIZE)
     out = field[owner[:, None, None], rows.clip(0, SIZE - 1), columns.clip(0, SIZE - 1)]
     out[~inside] = outside
-    return out
+    return np.asarray(out)
 
 
 def _measure(rgb: Floats, blobs: Integers, owner: Integers, bar: Floats) -> list[list[Seen]]:
@@ -409,8 +403,9 @@ def _mean_colour(window: Floats, mask: Masks) -> Floats:
 def _coverage(window: Floats, ink: Floats, ground: Floats, paint: Integers) -> Floats:
     """How much of each pixel the ink covers, (n, h, w) in [0, 1].
 
-    A coloured object is told from its surroundings by hue and saturation alone, so that grey bars and
-    walls beside it count as nothing; a white one by its darkest channel, which coloured ones lack.
+    A coloured object is told from its surroundings by hue and saturation alone, so that grey bars
+    and walls beside it count as nothing; a white one by its darkest channel, which coloured ones
+    lack.
     """
     ground = np.nan_to_num(ground)
     axis = (ink - ground) @ CHROMA
@@ -434,7 +429,6 @@ def templates(x: Floats, y: Floats, area: Floats) -> Floats:
     dx = axis - torch.from_numpy(np.repeat(x, 3))[:, None, None, None]
     dy = axis[:, None] - torch.from_numpy(np.repeat(y, 3))[:, None, None, None]
     shape = torch.arange(len(SHAPES)).repeat(number)
-    dx, dy = torch.broadcast_tensors(dx, dy)
     distance = signed_distance(dx, dy, radius[:, None, None, None], shape)
     return (0.5 - distance).clamp(0, 1).view(number, 3, WINDOW, WINDOW).numpy()
 
@@ -453,20 +447,22 @@ def _smooth(field: Floats) -> Floats:
     for _ in range(2):
         padded = np.pad(field, [(0, 0), (0, 0), (1, 1), (1, 1)])
         padded = padded[:, :, :-2] + 2 * padded[:, :, 1:-1] + padded[:, :, 2:]
-        field = (padded[..., :-2] + 2 * padded[..., 1:-1] + padded[..., 2:]) / 16
+        padded = padded[..., :-2] + 2 * padded[..., 1:-1] + padded[..., 2:]
+        field = np.asarray(padded / 16, np.float32)
     return field
 
 
 def _bars(rgb: Floats, light: Floats) -> Floats:
-    """Occluder edges (frames, 2): a band of columns, alike in every row, grey and lighter than beside.
+    """Occluder edges (frames, 2): a band of columns, grey, alike in every row, lighter than beside.
 
-    Its two outermost pixels on each side are darker and found by their width.
+    Its two outermost pixels on each side are darker and found by their width. The frames are taken
+    to show one scene.
     """
     mean, spread = light.mean(1), light.std(1)
     column = rgb.mean(1)
     grey = (spread < 0.06) & (np.ptp(column, axis=-1) < 0.25)
     out = np.full((len(rgb), 2), np.nan, np.float32)
-    level = np.where(grey, mean, 0)
+    level = np.where(grey, mean, np.float32(0))
     peak = np.sort(level, 1)[:, -10]
     body = level > (peak - 0.05)[:, None]
     for i in np.flatnonzero((peak > 0.3) & (body.sum(1) < 30)).tolist():
@@ -509,7 +505,7 @@ def _squares(field: Floats) -> Floats:
 
 @dataclass(frozen=True)
 class NoiseFloor:
-    """How far the parser is from exact state; shares are of the objects that truly are in full view.
+    """How far the parser is from exact state; shares are of objects that truly are in full view.
 
     Attributes:
         frames, objects: how many were measured.
@@ -521,8 +517,8 @@ class NoiseFloor:
         count_error: mean over frames of |objects seen - objects there|; an object with less than 40
             visible pixels may be seen or not.
         centre_p50, centre_p99: error of the centre in pixels.
-        bar_missed: share of frames in which an occluder is found without there being one, not found,
-            or found more than 1.5 pixels off at an edge.
+        bar_missed: share of frames in which an occluder is found without there being one, is not
+            found, or is found more than 1.5 pixels off at an edge.
         milliseconds: per frame.
     """
 
@@ -590,7 +586,7 @@ def _compare(scenes: Scenes, path: Trajectory, parsed: Parsed, milliseconds: flo
     return NoiseFloor(
         frames=len(parsed),
         objects=len(right),
-        identity=_mean(seen_right.all(1)),
+        identity=_mean(np.asarray(seen_right.all(1))),
         colour=_mean(seen_right[:, 0]),
         shape=_mean(seen_right[:, 1]),
         flagged=flagged / max(1, flagged + len(right)),
@@ -633,7 +629,7 @@ def _count_error(parsed: Parsed, visible: Floats) -> float:
 def _bar_missed(parsed: Parsed, bar: Floats) -> float:
     real = bar[:, 1] > bar[:, 0]
     off = np.abs(parsed.bar - bar).max(1)
-    return _mean(np.where(real, ~(off <= 1.5), ~np.isnan(off)))
+    return _mean(np.asarray(np.where(real, ~(off <= 1.5), ~np.isnan(off))))
 
 
 def _visible(scenes: Scenes, path: Trajectory) -> tuple[Tensor, Tensor]:
@@ -656,7 +652,6 @@ def _drawn(scenes: Scenes, centre: Tensor, axis: Tensor, i: int) -> Tensor:
     """Coverage of object i on a square of pixel centres, (b, frames, n, n)."""
     dx = axis - centre[..., 0, None, None]
     dy = axis[:, None] - centre[..., 1, None, None]
-    dx, dy = torch.broadcast_tensors(dx, dy)
     radius = scenes.radius[:, i, None, None, None]
     cover = (0.5 - signed_distance(dx, dy, radius, scenes.shape[:, i])).clamp(0, 1)
     return cover * scenes.exists[:, i, None, None, None]

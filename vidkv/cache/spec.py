@@ -51,16 +51,21 @@ class CacheSpec(BaseModel):
             CacheSpecError: an unknown name or a value out of range.
         """
         try:
-            spec = cls(**values)
+            return cls(**values)
         except ValidationError as error:
             first = error.errors()[0]
+            contradiction = first.get("ctx", {}).get("error")
+            if isinstance(contradiction, CacheSpecError):
+                raise contradiction from None
             name = ".".join(str(part) for part in first["loc"])
             raise CacheSpecError(
-                f"cache setting {name}={first['input']!r}: {first['msg'].lower()}; "
+                f"cache setting {name}={first['input']!r:.60}: {first['msg'].lower()}; "
                 f"settings are {', '.join(cls.model_fields)}"
             ) from None
-        spec._check_names()
-        return spec
+
+    def model_post_init(self, context: Any) -> None:
+        """Names are checked however a spec is made, not only by `of`."""
+        self._check_names()
 
     @classmethod
     def parse(cls, text: str) -> CacheSpec:
@@ -71,13 +76,14 @@ class CacheSpec(BaseModel):
         """
         values: dict[str, Any] = {}
         for part in filter(None, (piece.strip() for piece in text.split(","))):
-            name, equals, value = part.partition("=")
-            if equals:
-                values[name.strip()] = value.strip()
-            elif name in cls.model_fields and cls.model_fields[name].annotation is bool:
-                values[name] = True
-            else:
-                values["format"] = name
+            name, equals, text_value = (piece.strip() for piece in part.partition("="))
+            value: str | bool = text_value
+            if not equals:
+                switch = name in cls.model_fields and cls.model_fields[name].annotation is bool
+                name, value = (name, True) if switch else ("format", name)
+            if name in values:
+                raise CacheSpecError(f"cache setting {name!r:.60} is given twice in {text!r:.120}")
+            values[name] = value
         return cls.of(values)
 
     def __str__(self) -> str:
