@@ -228,7 +228,9 @@ def _timed_prompt(text: str) -> tuple[float, str]:
             raise ValueError
         return float(second), prompt.strip()
     except ValueError:
-        raise PromptError(f"--prompt-at {text[:60]!r} is not SECOND:TEXT, such as '12.5:a blue circle bouncing'") from None
+        raise PromptError(
+            f"--prompt-at {text[:60]!r} is not SECOND:TEXT, such as '12.5:a blue circle bouncing'"
+        ) from None
 
 
 def _cache_changes(

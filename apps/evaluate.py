@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,6 @@ PER_CHUNK = (
     "speed_error", "teleports",
 )  # fmt: skip
 Tell = Callable[[int, int, str], None]
-
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,9 @@ def evaluate_world(
     report |= _summary(plain)
     report["quantized"] = {"cache": str(lossy), "lossy_pages_read": coded.lossy_pages_read} | _summary(coded)
     report["paired_difference"] = {
-        name: _by_chunk(lambda c, n=name: paired_bootstrap(coded.curve(n)[:, c], plain.curve(n)[:, c]), chunks)
+        name: _by_chunk(
+            paired_bootstrap(a, b) for a, b in zip(coded.curve(name).T, plain.curve(name).T, strict=True)
+        )
         for name in ("identity", "colour_delta_e", "trajectory_rmse")
     }
     if controls:
@@ -187,9 +188,8 @@ def roll_group(
 
 
 def _summary(results: Results) -> dict[str, Any]:
-    chunks = len(results.metrics[0].identity)
     summary: dict[str, Any] = {
-        name: _by_chunk(lambda c, n=name: bootstrap_ci(results.curve(n)[:, c]), chunks) for name in PER_CHUNK
+        name: _by_chunk(bootstrap_ci(column) for column in results.curve(name).T) for name in PER_CHUNK
     }
     per_rollout = [_mean(m.teleports) for m in results.metrics]
     summary["teleports_per_frame"] = _value(bootstrap_ci(per_rollout))
@@ -243,8 +243,8 @@ def _shift(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
     return {"difference": round(mean, 5), "z": round(float(z), 2)}
 
 
-def _by_chunk(value: Callable[[int], tuple[float, float, float]], chunks: int) -> dict[str, Any]:
-    return {str(chunk): _value(value(chunk)) for chunk in range(chunks)}
+def _by_chunk(intervals: Iterable[tuple[float, float, float]]) -> dict[str, Any]:
+    return {str(chunk): _value(interval) for chunk, interval in enumerate(intervals)}
 
 
 def _value(interval: tuple[float, float, float]) -> dict[str, Any]:
@@ -261,10 +261,15 @@ def table(report: dict[str, Any]) -> str:
     """The report as text: a few chunks of each curve, both settings side by side."""
     chunks = report["chunks"]
     shown = sorted({0, min(4, chunks - 1), min(9, chunks - 1), chunks // 2, chunks - 1})
-    lines = [f"{report['rollouts']} rollouts of {chunks} chunks, world {report['world']}, {report['hardware']}"]
+    lines = [
+        f"{report['rollouts']} rollouts of {chunks} chunks, world {report['world']}, {report['hardware']}"
+    ]
     lines.append("metric (chunk)".ljust(28) + "".join(f"{c:>18}" for c in shown))
     for name in PER_CHUNK:
-        for label, part in (("", report), (" " + report["quantized"]["cache"].split(",")[0], report["quantized"])):
+        for label, part in (
+            ("", report),
+            (" " + report["quantized"]["cache"].split(",")[0], report["quantized"]),
+        ):
             cells = "".join(f"{_cell(part[name][str(c)]):>18}" for c in shown)
             lines.append(f"{name}{label}".ljust(28) + cells)
     for gap, value in report["reappearance"].items():
@@ -275,7 +280,9 @@ def table(report: dict[str, Any]) -> str:
         f"event latency: {_cell(latency)} chunks, {latency['never']} of {latency['events']} never obeyed"
     )
     for name, moved in report.get("controls", {}).items():
-        largest = sorted(moved.items(), key=lambda item: -abs(item[1]["z"]) if item[1]["z"] == item[1]["z"] else 0)
+        largest = sorted(
+            moved.items(), key=lambda item: -abs(item[1]["z"]) if item[1]["z"] == item[1]["z"] else 0
+        )
         lines.append(f"control {name}: " + ", ".join(f"{m} z={v['z']}" for m, v in largest[:4]))
     return "\n".join(lines)
 

@@ -289,7 +289,7 @@ class _Tally:
 class _Stop:
     """Set by a signal, asked between denoising steps."""
 
-    signal = 0
+    signal: int = 0
 
     def check(self, chunk: int, step: int) -> None:
         if self.signal:
@@ -312,5 +312,5 @@ def _stopping() -> Iterator[_Stop]:
     try:
         yield stop
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for caught, handler in previous.items():
+            signal.signal(caught, handler)

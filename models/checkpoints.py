@@ -42,7 +42,9 @@ def file_shapes(path: Path) -> Shapes:
         with safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     except FileNotFoundError:
-        raise CheckpointError(f"the weights file {path} is missing; reinstall or re-download the model") from None
+        raise CheckpointError(
+            f"the weights file {path} is missing; reinstall or re-download the model"
+        ) from None
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"the weights file {path} is damaged ({error}); reinstall or re-download the model"

@@ -53,7 +53,7 @@ UMT5_XXL = {
 WAN_VAE: dict[str, Any] = {}
 """diffusers' defaults are Wan 2.1's VAE."""
 
-_WAN_21 = {
+_WAN_21: dict[str, Any] = {
     "vae": WAN_VAE,
     "text": UMT5_XXL,
     "text_tokens": 512,

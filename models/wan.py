@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -111,7 +111,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
     def encode_text(self, embeds: Tensor, mask: Tensor | None = None) -> TextContext:
         """Project text embeddings (b, text tokens, text_dim) to every layer's keys and values."""
         text = self.condition_embedder.text_embedder(embeds.to(self.dtype))
-        pairs = [block.attn2.keys_values(text) for block in self.blocks]
+        pairs = [block.attn2.keys_values(text) for block in self._blocks()]
         return TextContext([k for k, _ in pairs], [v for _, v in pairs], mask)
 
     def forward(self, latents: Tensor, timestep: Tensor, text: TextContext, attention: Attention) -> Tensor:
@@ -127,20 +127,21 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
             (b, f, out_channels, h, w).
         """
         _, ph, pw = self.config.patch_size
-        b, f, _, h, w = latents.shape
+        h, w = latents.shape[-2:]
         if h % ph or w % pw:
             raise ValueError(f"latents of {h}x{w} do not divide into patches of {ph}x{pw}")
         x = self.patch_embedding(rearrange(latents, "b f c h w -> b c f h w"))
         x = rearrange(x, "b c f h w -> b f (h w) c")
         temb, modulation = self._embed_time(timestep, x.dtype)
-        for index, block in enumerate(self.blocks):
+        for index, block in enumerate(self._blocks()):
             x = block(x, modulation, text.keys[index], text.values[index], text.mask, attention.layer(index))
         shift, scale = (self.scale_shift_table + temb[:, :, None]).chunk(2, dim=2)
         x = (self.norm_out(x.float()) * (1 + scale) + shift).type_as(x)
         out = self.proj_out(x)
-        return rearrange(
-            out, "b f (h w) (p q c) -> b f c (h p) (w q)", h=h // ph, w=w // pw, p=ph, q=pw
-        )
+        return rearrange(out, "b f (h w) (p q c) -> b f c (h p) (w q)", h=h // ph, w=w // pw, p=ph, q=pw)
+
+    def _blocks(self) -> list[Block]:
+        return cast(list[Block], self.blocks)
 
     def _embed_time(self, timestep: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(b, f) to the embedding (b, f, dim) and the blocks' modulation (b, f, 1, 6, dim)."""
@@ -213,7 +214,7 @@ class CrossAttention(Projections):
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:  # type: ignore[override]
         """x (b, f, s, c) attends to k, v (b, n, text tokens, d); mask (b, f, text tokens)."""
-        b, f, s, _ = x.shape
+        f, s = x.shape[1:3]
         q = self.norm_q(self.to_q(x)).unflatten(-1, (self.heads, -1))
         if mask is not None:
             mask = mask[:, None].repeat_interleave(s, 2)

@@ -33,7 +33,7 @@ MAX_SECONDS = 24 * 3600.0
 
 
 @dataclass
-class CausalVideoOutput(BaseOutput):  # type: ignore[misc]
+class CausalVideoOutput(BaseOutput):
     """Result of a call.
 
     Attributes:
@@ -44,7 +44,7 @@ class CausalVideoOutput(BaseOutput):  # type: ignore[misc]
     frames: Any
 
 
-class CausalVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
+class CausalVideoPipeline(DiffusionPipeline):
     """Rolls a causal video DiT out chunk by chunk over a KV cache.
 
         pipe = CausalVideoPipeline.from_pretrained("bounce")
@@ -268,7 +268,9 @@ class CausalVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
         """Cross-attention context of embeddings (batch, tokens, width)."""
         width = self.transformer.config.text_dim
         if embeds.ndim != 3 or embeds.shape[-1] != width:
-            raise InputError(f"prompt_embeds are {tuple(embeds.shape)}; this model takes (batch, tokens, {width})")
+            raise InputError(
+                f"prompt_embeds are {tuple(embeds.shape)}; this model takes (batch, tokens, {width})"
+            )
         return self.transformer.encode_text(embeds.to(self.transformer.device))
 
     def chunk_second(self, chunk: int) -> float:
@@ -343,7 +345,9 @@ def frames_for(seconds: float, fps: int) -> int:
         raise InputError(f"seconds={seconds:g}: at most {MAX_SECONDS:g} (a day) at a time")
     frames = round(seconds * fps)
     if frames < 1:
-        raise InputError(f"seconds={seconds:g} is less than one frame at {fps} fps; give at least {1 / fps:g}")
+        raise InputError(
+            f"seconds={seconds:g} is less than one frame at {fps} fps; give at least {1 / fps:g}"
+        )
     return frames
 
 

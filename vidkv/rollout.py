@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from vidkv.attention import CachedAttention
 from vidkv.cache import CacheGeometry, CacheSpec, KVCache
-from vidkv.errors import InputError, NumericsError
+from vidkv.errors import InputError, NumericsError, StateError
 from vidkv.models.wan import CausalWanTransformer3DModel, TextContext
 from vidkv.noise import chunk_noise
 from vidkv.schedule import TRAIN_TIMESTEPS, FlowSchedule
@@ -107,10 +108,13 @@ class Rollout:
     ) -> None:
         _, height, width = latent_size
         for seed in seeds:
-            if not 0 <= seed < 2**64:
-                raise InputError(f"seed {seed} must lie between 0 and 2**64 - 1")
+            if not isinstance(seed, Integral) or not 0 <= seed < 2**64:
+                raise InputError(f"seed {seed} must be a whole number between 0 and 2**64 - 1")
+        if not seeds:
+            raise InputError("give at least one seed: there is one per batch element")
         self.transformer, self.text, self.schedule = transformer, text, schedule
-        self.latent_size, self.seeds, self.chunk_frames = latent_size, tuple(seeds), chunk_frames
+        self.latent_size, self.chunk_frames = latent_size, chunk_frames
+        self.seeds = tuple(int(seed) for seed in seeds)
         self.decoder = decoder
         self.device, self.dtype = transformer.device, transformer.dtype
         geometry = CacheGeometry.of_model(transformer.config, height, width, chunk_frames, len(self.seeds))
@@ -128,7 +132,9 @@ class Rollout:
         self.text = text
 
     @torch.no_grad()
-    def step_chunk(self, frames: int | None = None, noise: Tensor | None = None, on_step: OnStep | None = None) -> Chunk:
+    def step_chunk(
+        self, frames: int | None = None, noise: Tensor | None = None, on_step: OnStep | None = None
+    ) -> Chunk:
         """Generate the next chunk.
 
         Args:
@@ -138,11 +144,14 @@ class Rollout:
 
         Raises:
             Cancelled: from `on_step`; the rollout stands before this chunk and can go on.
-            NumericsError: NaN or Inf in the chunk; likewise.
+            NumericsError: NaN or Inf in the chunk; likewise, unless they appear in the clean pass only:
+                then the cache is broken and the way back is `restore`.
         """
-        frames = frames or self.chunk_frames
+        frames = self.chunk_frames if frames is None else frames
         read_before = self.cache.pages_read, self.cache.lossy_pages_read
         started = time.perf_counter()
+        if noise is not None:
+            self._check_shape(noise, frames)
         self.cache.begin(frames)
         try:
             latents = self._denoise(frames, noise, on_step)
@@ -165,16 +174,21 @@ class Rollout:
             pages_read=self.cache.pages_read - read_before[0],
             lossy_pages_read=self.cache.lossy_pages_read - read_before[1],
         )
-        self.chunk += 1
         return Chunk(self.chunk - 1, start_frame, latents, pixels, stats)
 
     @torch.no_grad()
     def append(self, latents: Tensor) -> Tensor | None:
-        """Commit given clean latents (b, f, c, h, w) as the next chunk: a prefix or an extension."""
+        """Commit given clean latents (b, f, c, h, w) as the next chunk: a prefix or an extension.
+
+        Raises:
+            InputError: not of this rollout's shape.
+            NumericsError: NaN or Inf among them.
+        """
+        self._check_shape(latents, latents.shape[1] if latents.ndim == 5 else self.chunk_frames)
         latents = latents.to(self.device, self.dtype)
+        self._check_finite(latents)
         self.cache.begin(latents.shape[1])
         self._commit(latents)
-        self.chunk += 1
         return self.decoder.feed(latents) if self.decoder else None
 
     def fork(self) -> Rollout:
@@ -203,7 +217,13 @@ class Rollout:
         return tensors, header
 
     def restore(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-        """Become the rollout that `state` described."""
+        """Become the rollout that `state` described.
+
+        Raises:
+            StateError: it does not fit this rollout; nothing has changed.
+        """
+        if self.decoder and "decoder.fed_frames" not in tensors:
+            raise StateError("the state was saved without a decoder; restore it into a rollout without one")
         self.cache.restore(_under("cache.", tensors), header["cache"])
         if self.decoder:
             self.decoder.restore(_under("decoder.", tensors))
@@ -224,18 +244,29 @@ class Rollout:
             x = self.schedule.advance(x, flow, sigma, next_sigma, fresh)
             if on_step:
                 on_step(self.chunk, step)
-        if not bool(torch.isfinite(x).all()):
-            raise NumericsError(f"NaN or Inf in the latents of chunk {self.chunk}")
+        self._check_finite(x)
         return x
 
     def _commit(self, latents: Tensor) -> None:
         start = self.next_frame
         attention = CachedAttention(self.cache, commit=True)
         with self.cache.committing():
-            self.transformer(latents, self._timestep(0.0, latents.shape[1]), self.text, attention)
+            # not needed for itself, but NaN in any layer's keys or values reaches it
+            flow = self.transformer(latents, self._timestep(0.0, latents.shape[1]), self.text, attention)
+            self._check_finite(flow)
         for i in range(latents.shape[1]):
-            self.window_latents[start + i] = latents[:, i]
+            self.window_latents[start + i] = latents[:, i].clone()
         self.window_latents = {f: t for f, t in self.window_latents.items() if f in self.cache.table}
+        self.chunk += 1
+
+    def _check_shape(self, latents: Tensor, frames: int) -> None:
+        wanted = (len(self.seeds), frames, *self.latent_size)
+        if tuple(latents.shape) != wanted:
+            raise InputError(f"latents are {tuple(latents.shape)}; this chunk takes {wanted}")
+
+    def _check_finite(self, x: Tensor) -> None:
+        if not bool(torch.isfinite(x).all()):
+            raise NumericsError(f"NaN or Inf in chunk {self.chunk}")
 
     def _noise(self, step: int, frames: int) -> Tensor:
         return chunk_noise(self.seeds, self.chunk, step, (frames, *self.latent_size), self.device, self.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,8 +43,10 @@ class FlowSchedule:
                 raise InputError(
                     f"denoising steps {marks} must fall from at most {TRAIN_TIMESTEPS} to at least 1"
                 )
-        if not self.shift > 0:
-            raise InputError(f"timestep shift {self.shift} must be positive")
+        if not 0 < self.shift < math.inf:
+            raise InputError(f"timestep shift {self.shift} must be positive and finite")
+        if self.sampler not in ("renoise", "euler"):
+            raise InputError(f"sampler {self.sampler!r} is unknown; samplers are renoise, euler")
 
     def with_steps(self, number: int) -> FlowSchedule:
         """The same schedule with `number` evenly spaced marks for every chunk."""
@@ -60,7 +63,9 @@ class FlowSchedule:
         table = [shifted(1 - i / TRAIN_TIMESTEPS, self.shift) for i in range(TRAIN_TIMESTEPS)]
         return tuple(min(table, key=lambda s: abs(s - mark / TRAIN_TIMESTEPS)) for mark in marks)
 
-    def advance(self, x: Tensor, flow: Tensor, sigma: float, next_sigma: float, noise: Tensor | None) -> Tensor:
+    def advance(
+        self, x: Tensor, flow: Tensor, sigma: float, next_sigma: float, noise: Tensor | None
+    ) -> Tensor:
         """One step from `sigma` to `next_sigma`; at 0 this is the estimate of the clean latents.
 
         Args:

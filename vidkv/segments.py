@@ -70,9 +70,7 @@ class SegmentWriter:
     has no gap before it. A folder has one writer at a time.
     """
 
-    def __init__(
-        self, folder: Path, fps: int, height: int, width: int, crf: int = DEFAULT_CRF
-    ) -> None:
+    def __init__(self, folder: Path, fps: int, height: int, width: int, crf: int = DEFAULT_CRF) -> None:
         """Create the folder where needed and count the frames already in it.
 
         Raises:
@@ -86,8 +84,7 @@ class SegmentWriter:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(
-                f"cannot create the segment folder {folder}: {_reason(error)}; "
-                "choose another output folder"
+                f"cannot create the segment folder {folder}: {_reason(error)}; choose another output folder"
             ) from error
         # first frame of every finished segment, then that of the next one
         self._starts = [0, *itertools.accumulate(self._frames_on_disk())]
@@ -146,9 +143,7 @@ class SegmentWriter:
         try:
             _remove_segments(self.folder, index)
         except OSError as error:
-            raise OutputError(
-                f"cannot delete segments of {self.folder}: {_reason(error)}"
-            ) from error
+            raise OutputError(f"cannot delete segments of {self.folder}: {_reason(error)}") from error
         del self._starts[index + 1 :]
 
     def _frames_on_disk(self) -> Iterator[int]:
@@ -299,9 +294,7 @@ def check_output(out: Path, *, need_bytes: int = FREE_MARGIN_BYTES) -> None:
             pass
         free_bytes = shutil.disk_usage(folder).free
     except (OSError, ValueError) as error:
-        raise OutputError(
-            f"cannot write {str(out)!r}: {_reason(error)}; choose another output"
-        ) from error
+        raise OutputError(f"cannot write {str(out)!r}: {_reason(error)}; choose another output") from error
     if free_bytes < need_bytes:
         raise OutputError(
             f"output folder {str(folder)!r} has {free_bytes / 2**20:.0f} MiB free, "
@@ -333,9 +326,7 @@ def _as_rgb(frames: Frames, height: int, width: int) -> npt.NDArray[np.uint8]:
     return array
 
 
-def _add_h264(
-    container: OutputContainer, fps: int, height: int, width: int, crf: int
-) -> VideoStream:
+def _add_h264(container: OutputContainer, fps: int, height: int, width: int, crf: int) -> VideoStream:
     options = {
         "preset": "veryfast",
         "crf": str(crf),
@@ -357,9 +348,7 @@ def _add_h264(
     return stream
 
 
-def _remux(
-    segments: Sequence[Path], out: Path, fps: int, comment: str, max_frames: int | None
-) -> int:
+def _remux(segments: Sequence[Path], out: Path, fps: int, comment: str, max_frames: int | None) -> int:
     """Copy the packets of all segments into one mp4 and return how many frames it holds."""
     import av
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vidkv.errors import OutputError, StateError
+from vidkv.models.wan import CausalWanTransformer3DModel
 from vidkv.rollout import Rollout
 
 SCHEMA = 1
 
 
-def save_rollout(rollout: Rollout, path: Path, extra: dict[str, Any] | None = None) -> None:
+def save_rollout(rollout: Rollout, path: str | Path, extra: dict[str, Any] | None = None) -> None:
     """Write a rollout so that another process can go on from it; the file appears complete or not at all.
 
     Args:
@@ -25,9 +27,11 @@ def save_rollout(rollout: Rollout, path: Path, extra: dict[str, Any] | None = No
         path: file to write, by convention `.safetensors`.
         extra: JSON-able values to keep beside it (prompt, settings).
     """
+    path = Path(path)
     tensors, header = rollout.state()
     header = {
         "schema": SCHEMA,
+        "model": _fingerprint(rollout.transformer),
         "torch": torch.__version__,
         "device": rollout.device.type,
         "dtype": str(rollout.dtype),
@@ -45,7 +49,7 @@ def save_rollout(rollout: Rollout, path: Path, extra: dict[str, Any] | None = No
         raise OutputError(f"cannot write the rollout state {path}: {error}") from None
 
 
-def load_rollout(rollout: Rollout, path: Path) -> dict[str, Any]:
+def load_rollout(rollout: Rollout, path: str | Path) -> dict[str, Any]:
     """Restore a saved rollout into one made with the same model, size and cache settings.
 
     On the device type and dtype it was saved from, what follows is equal bit for bit.
@@ -58,19 +62,32 @@ def load_rollout(rollout: Rollout, path: Path) -> dict[str, Any]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})["vidkv"])
+            header = dict(json.loads((file.metadata() or {})["vidkv"]))
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except FileNotFoundError:
         raise StateError(f"there is no saved rollout {path}") from None
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise StateError(f"{path} is no saved rollout, or a damaged one ({error})") from None
     if header.get("schema") != SCHEMA:
-        raise StateError(f"{path} has state version {header.get('schema')}, this vidkv reads version {SCHEMA}")
-    if header["dtype"] != str(rollout.dtype):
-        raise StateError(f"{path} was saved at {header['dtype']}, this rollout runs at {rollout.dtype}")
+        raise StateError(
+            f"{path} has state version {header.get('schema')}, this vidkv reads version {SCHEMA}"
+        )
     try:
+        if header["dtype"] != str(rollout.dtype):
+            raise StateError(f"{path} was saved at {header['dtype']}, this rollout runs at {rollout.dtype}")
+        if header["model"] != _fingerprint(rollout.transformer):
+            raise StateError(f"{path} was saved with other weights; load the model it was saved with")
+        extra: dict[str, Any] = header["extra"]
         rollout.restore(tensors, header["rollout"])
-    except KeyError as error:
-        raise StateError(f"{path} lacks {error}; it was saved with another model or cache") from None
-    extra: dict[str, Any] = header["extra"]
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise StateError(f"{path} does not fit this rollout or is damaged ({error!r})") from None
     return extra
+
+
+def _fingerprint(transformer: CausalWanTransformer3DModel) -> str:
+    """Digest of the configuration and of all vectors among the weights; the matrices are not read."""
+    config = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
+    vectors = [p.detach().float() for p in transformer.parameters() if p.ndim == 1]
+    digest = sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    digest.update(torch.cat(vectors).cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -46,9 +46,7 @@ class Recipe:
 
 
 RECIPES = {
-    "gpu": Recipe(
-        16, 64, 16_384, 32_768, 48, (0.2, 0.05, 0.25, 0.3, 0.2), (2e-3, 1.2e-3, 1e-3, 7e-4, 3e-4)
-    ),
+    "gpu": Recipe(16, 64, 16_384, 32_768, 48, (0.2, 0.05, 0.25, 0.3, 0.2), (2e-3, 1.2e-3, 1e-3, 7e-4, 3e-4)),
     "cpu": Recipe(4, 8, 256, 4096, 4, (0.3, 0.0, 0.5, 0.1, 0.1), (1e-3, 1e-3, 7e-4, 4e-4, 2e-4)),
 }
 
@@ -80,7 +78,12 @@ def train(out: Path, world: str, recipe: str, minutes: float, init: Path | None)
         vae = AutoencoderKLWan.from_pretrained(init / "vae", dtype=torch.float32)
     else:
         vae = vae_stage.train(
-            out, Accelerator(cpu=recipe == "cpu"), STEPS, vae_minutes, settings.vae_batch, peak=settings.peaks[0]
+            out,
+            Accelerator(cpu=recipe == "cpu"),
+            STEPS,
+            vae_minutes,
+            settings.vae_batch,
+            peak=settings.peaks[0],
         )
     trainer = Trainer(
         out, accelerator, vae, WORLDS[world], settings.clips, settings.openings, settings.batch,

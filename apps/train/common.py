@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
+M = TypeVar("M", bound=nn.Module)
 Losses = Callable[..., dict[str, Tensor]]
 EMA_EVERY = 4
 
@@ -80,7 +81,7 @@ def learning_rate(peak: float, step: int, fraction: float, warmup_steps: int = 1
     return peak * warm * (0.05 + 0.475 * (1 + math.cos(math.pi * fraction)))
 
 
-class Stage:
+class Stage(Generic[M]):
     """A model in training: optimizer, EMA weights, checkpoints and the curve as JSON lines.
 
     Args:
@@ -93,7 +94,7 @@ class Stage:
     def __init__(
         self,
         name: str,
-        model: nn.Module,
+        model: M,
         folder: Path,
         accelerator: Accelerator,
         progress: Progress,
@@ -114,7 +115,7 @@ class Stage:
         )
         accelerator.free_memory()
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.raw: nn.Module = accelerator.unwrap_model(self.model)
+        self.raw: M = accelerator.unwrap_model(self.model)
         self.ema = EMAModel(
             self.raw.parameters(), decay=ema_decay, use_ema_warmup=True, power=0.75, foreach=True
         )
@@ -185,7 +186,7 @@ class Stage:
         self.ema.to(self.accelerator.device)
         self.accelerator.print(f"{self.name}: going on from step {state['step']}")
 
-    def use_average(self) -> nn.Module:
+    def use_average(self) -> M:
         """The model with its averaged weights; the trained ones are given up."""
         self.ema.copy_to(self.raw.parameters())
         return self.raw

@@ -207,9 +207,7 @@ class Trainer:
         self.openings = self._draw(openings, CHUNK)
         self.next_fresh = 0
 
-    def run(
-        self, name: str, cycle: Sequence[Lesson], steps: int, minutes: float | None, peak: float
-    ) -> None:
+    def run(self, name: str, cycle: Sequence[Lesson], steps: int, minutes: float | None, peak: float) -> None:
         """Diffusion or teacher forcing, as the lessons say."""
         stage = self._stage(name, steps, minutes, peak)
         attention = {lesson: self._attention(lesson) for lesson in set(cycle)}
@@ -284,10 +282,10 @@ class Trainer:
     def _attention(self, lesson: Lesson) -> BlockCausalAttention:
         return BlockCausalAttention(GRID, GRID, SPEC, lesson.chunks, lesson.history, self.accelerator.device)
 
-    def _stage(self, name: str, steps: int, minutes: float | None, peak: float) -> Stage:
+    def _stage(self, name: str, steps: int, minutes: float | None, peak: float) -> Stage[Student]:
         return Stage(name, self.student, self.folder, self.accelerator, Progress(steps, minutes), peak)
 
-    def _log(self, stage: Stage, lesson: str, values: dict[str, Tensor]) -> None:
+    def _log(self, stage: Stage[Student], lesson: str, values: dict[str, Tensor]) -> None:
         step = stage.progress.step
         if step % 50 < 2:
             stage.log(lesson=lesson, **values)
@@ -305,7 +303,7 @@ class Trainer:
         self.clips.replace(self.next_fresh, fresh)
         self.next_fresh += self.refresh
 
-    def _finish(self, stage: Stage) -> None:
+    def _finish(self, stage: Stage[Student]) -> None:
         stage.save()
         stage.use_average()
         self.student = stage.raw

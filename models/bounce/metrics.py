@@ -485,10 +485,10 @@ def _last_motion(tracks: Tracks, index: int, gone: int) -> tuple[Motion | None, 
 
 def _may_meet(tracks: Tracks, index: int, path: Floats, since: int, until: int) -> bool:
     """Whether another object is out of sight meanwhile, or comes close to the predicted path."""
-    for j in range(len(tracks.colours)):
-        if j == index or not tracks.anywhere[j, :until].any():
+    for j in range(tracks.named):
+        if j == index:
             continue
-        if j < tracks.named and not tracks.anywhere[j, since:until].all():
+        if not tracks.anywhere[j, since:until].all():
             return True
         gap = np.linalg.norm(tracks.place[j, since:until] - path[: until - since], axis=1)
         radius = _usual_radius(tracks, j)

@@ -327,7 +327,9 @@ def _measure(rgb: Floats, blobs: Integers, owner: Integers, bar: Floats) -> list
     ring = _grown(own, 4) & ~near & ~_grown(other, 2) & (names != -2) & ~_bar_crop(bar[owner], left)
     ground = _mean_colour(window, ring)
     paint = nearest_paint(ink)
-    cover = _coverage(window, ink, ground, paint) * (near & ~other & (names != -2))
+    # white does not tell itself from a light grey wall, which may be two pixels away
+    belongs = np.where((paint == WHITE)[:, None, None], _grown(own, 1), near)
+    cover = _coverage(window, ink, ground, paint) * (belongs & ~other & (names != -2))
     soft = np.maximum(cover.sum((1, 2)), 1e-6)
     axis = np.arange(WINDOW, dtype=np.float32) + 0.5
     dx = (cover.sum(1) @ axis) / soft
@@ -634,7 +636,7 @@ def _bar_missed(parsed: Parsed, bar: Floats) -> float:
 
 def _visible(scenes: Scenes, path: Trajectory) -> tuple[Tensor, Tensor]:
     """Visible pixels of every object and their share of the whole object, (b, frames, 4) each."""
-    axis = torch.arange(-SIZE // 2, SIZE + SIZE // 2) + 0.5
+    axis = torch.arange(-12, SIZE + 12) + 0.5
     view = (axis > 0) & (axis < SIZE)
     open_ = view & ((axis < scenes.bar[:, :1]) | (axis > scenes.bar[:, 1:]))
     above = torch.zeros(1)

@@ -1,9 +1,9 @@
 """The small language of the embedded world.
 
-    prompt  := objects scene [", the" COLOUR SHAPE "turns" COLOUR]
-    objects := object ("," object)* ["and" object]             one to four, each colour once
-    object  := ("a" | "an") COLOUR SHAPE
-    scene   := "bouncing" | "bouncing behind a bar" | "resting" | "while the camera pans"
+prompt  := objects scene [", the" COLOUR SHAPE "turns" COLOUR]
+objects := object ("," object)* ["and" object]             one to four, each colour once
+object  := ("a" | "an") COLOUR SHAPE
+scene   := "bouncing" | "bouncing behind a bar" | "resting" | "while the camera pans"
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ MAX_OBJECTS = 4
 MAX_CHARACTERS = 400
 
 
-
 @dataclass(frozen=True)
 class World:
     """How much of the world a model has been trained on.
@@ -74,9 +73,7 @@ VOCABULARY: tuple[str, ...] = ("<pad>", "</s>", "<unk>", ",", *GRAMMAR_WORDS, *C
 _OBJECT = rf"a (?:{'|'.join(COLOURS)}) (?:{'|'.join(SHAPES)})"
 _SCENE = "|".join(re.escape(text) for text in sorted(SCENES.values(), key=len, reverse=True))
 _EVENT = rf"(?: ,)? the ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)}) turns ({'|'.join(COLOURS)})"
-_PROMPT = re.compile(
-    rf"^({_OBJECT}(?: , {_OBJECT})*(?:(?: ,)? and {_OBJECT})?) ({_SCENE})(?:{_EVENT})?$"
-)
+_PROMPT = re.compile(rf"^({_OBJECT}(?: , {_OBJECT})*(?:(?: ,)? and {_OBJECT})?) ({_SCENE})(?:{_EVENT})?$")
 
 
 @dataclass(frozen=True)
@@ -148,8 +145,7 @@ def parse(text: str, world: World = WORLDS["wide"]) -> ScenePrompt:
         )
     names, scene, *event = match.groups()
     objects = tuple(
-        (colour, shape)
-        for colour, shape in re.findall(rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})", names)
+        (colour, shape) for colour, shape in re.findall(rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})", names)
     )
     prompt = ScenePrompt(
         objects=objects,

@@ -318,7 +318,9 @@ def _background(scenes: Scenes, camera: Tensor, x: Tensor, y: Tensor) -> Tensor:
     mix = torch.zeros_like(x)
     for index, option in enumerate(options):
         mix = torch.where(kind == index, option, mix)
-    return torch.lerp(scenes.tint[:, None, None, None, 0], scenes.tint[:, None, None, None, 1], mix[..., None])
+    return torch.lerp(
+        scenes.tint[:, None, None, None, 0], scenes.tint[:, None, None, None, 1], mix[..., None]
+    )
 
 
 def _bar(scenes: Scenes, frames: Tensor, x: Tensor) -> None:

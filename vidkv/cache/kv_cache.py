@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -27,6 +27,7 @@ class State(Enum):
     OPEN = "open"
     COMMITTING = "committing"
     BROKEN = "broken"
+    CLOSED = "closed"
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,9 @@ class KVCache:
             yield
             missing = self.geometry.layers - len(self._commit.written)
             if missing:
-                raise CacheStateError(f"the clean pass left {missing} of {self.geometry.layers} layers unwritten")
+                raise CacheStateError(
+                    f"the clean pass left {missing} of {self.geometry.layers} layers unwritten"
+                )
         except BaseException:
             self.state = State.BROKEN
             raise
@@ -179,6 +182,8 @@ class KVCache:
         Returns:
             k, v: (batch, kv_heads, pages, tokens, head_dim) in the compute dtype.
         """
+        if self._commit is not None and layer in self._commit.written:
+            raise CacheStateError(f"layer {layer} of this chunk is committed already; its old pages are gone")
         mean = self.key_mean[layer] if self.key_mean is not None else None
         parts = []
         for name, slots in segment.runs:
@@ -230,12 +235,14 @@ class KVCache:
         return other
 
     def close(self) -> None:
-        """Let go of all pages; for a cache whose pools live on in a fork."""
+        """Let go of all pages, for good; for a cache whose pools live on in a fork."""
+        if self.state is State.CLOSED:
+            return
         for page in self.table.values():
             self.pools[page.pool].release(page.slot)
         for name, (_, slots) in self.plan.items():
             self.pools[name].cancel(slots)
-        self.table, self.state = {}, State.BROKEN
+        self.table, self.state = {}, State.CLOSED
 
     def state_tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything a restore needs: page bytes in position order, and a JSON-able header."""
@@ -246,7 +253,7 @@ class KVCache:
             for key, buffer in pool.storage.items():
                 tensors[f"{name}.{key}"] = buffer[:, slots].cpu().contiguous()
         if self.key_mean is not None:
-            tensors["key_mean"] = self.key_mean.cpu()
+            tensors["key_mean"] = self.key_mean.clone().cpu()
         header = {
             "spec": self.spec.model_dump(),
             "resident": [[frame, self.table[frame].pool] for frame in self.layout.resident],
@@ -259,11 +266,14 @@ class KVCache:
         """Become the cache that `state_tensors` described.
 
         Raises:
-            StateError: it was saved with other settings or another geometry.
+            StateError: it was saved with other settings or another geometry; nothing has changed.
         """
+        if self.state is State.CLOSED:
+            raise CacheStateError("the cache is closed; make a new one to restore into")
         saved = CacheSpec.of(header["spec"])
         if saved != self.spec:
             raise StateError(f"the state was saved with the cache {saved}, this rollout has {self.spec}")
+        self._check_saved(tensors, [name for _, name in header["resident"]])
         for page in self.table.values():
             self.pools[page.pool].release(page.slot)
         self.table = {}
@@ -272,15 +282,7 @@ class KVCache:
             pool, index = self.pools[name], counters[name]
             counters[name] += 1
             slot = pool.acquire()
-            expected = {key: buffer[:, slot].shape for key, buffer in pool.storage.items()}
-            pages = {key: tensors[f"{name}.{key}"][:, index] for key in expected}
-            for key, page_bytes in pages.items():
-                if page_bytes.shape != expected[key]:
-                    raise StateError(
-                        f"the saved {key} pages are {tuple(page_bytes.shape)}, this model needs "
-                        f"{tuple(expected[key])}; restore with the model and size it was saved with"
-                    )
-            pool.load(slot, pages)
+            pool.load(slot, {key: tensors[f"{name}.{key}"][:, index] for key in pool.storage})
             self.table[frame] = Page(name, slot)
         if self.key_mean is not None:
             self.key_mean.copy_(tensors["key_mean"])
@@ -289,6 +291,26 @@ class KVCache:
         self.layout.resident = tuple(frame for frame, _ in header["resident"])
         self.layout.next_frame = header["next_frame"]
         self.opened, self.segments, self._commit, self.state = None, (), None, State.IDLE
+
+    def _check_saved(self, tensors: Mapping[str, Tensor], resident: Sequence[str]) -> None:
+        """Saved buffers have the shapes of this cache; `resident` names the pool of every frame."""
+        wanted = {
+            f"{name}.{key}": (buffer.shape[0], resident.count(name), *buffer.shape[2:])
+            for name, pool in self.pools.items()
+            for key, buffer in pool.storage.items()
+        }
+        if self.key_mean is not None:
+            wanted["key_mean"] = tuple(self.key_mean.shape)
+        unknown = set(resident) - set(self.pools)
+        if unknown:
+            raise StateError(f"the saved pages are in {sorted(unknown)}, this cache has {sorted(self.pools)}")
+        for name, shape in wanted.items():
+            found = tuple(tensors[name].shape) if name in tensors else None
+            if found != shape:
+                raise StateError(
+                    f"the saved {name} is {found}, this model needs {shape}; restore with the model and "
+                    "size it was saved with"
+                )
 
     def check_integrity(self) -> None:
         """Audit the page table.
@@ -302,11 +324,24 @@ class KVCache:
             raise CacheStateError(f"{len(self.table)} resident frames, capacity {self.layout.capacity}")
         if len({(p.pool, p.slot) for p in self.table.values()}) != len(self.table):
             raise CacheStateError("two frames lie in one slot")
-        if list(self.layout.resident) != sorted(self.layout.resident):
+        if list(self.layout.resident) != sorted(set(self.layout.resident)):
             raise CacheStateError(f"resident frames are out of order: {self.layout.resident}")
+        if self.table and max(self.table) >= self.layout.next_frame:
+            raise CacheStateError(f"frame {max(self.table)} is resident before its turn")
+        for name, pool in self.pools.items():
+            for key, buffer in pool.storage.items():
+                if buffer.shape[:2] != (self.geometry.layers, pool.slots):
+                    raise CacheStateError(f"{name}.{key} has {tuple(buffer.shape[:2])} layers and slots")
         for frame, page in self.table.items():
-            if self.pools[page.pool].references[page.slot] < 1:
+            place = self.pools.get(page.pool)
+            if place is None or not 0 <= page.slot < place.slots:
+                raise CacheStateError(
+                    f"frame {frame} lies in slot {page.slot} of {page.pool}, which is nowhere"
+                )
+            if place.references[page.slot] < 1:
                 raise CacheStateError(f"frame {frame} lies in slot {page.slot}, which is free")
+            if page.pool != self._pool_of(frame, self.layout.next_frame):
+                raise CacheStateError(f"frame {frame} lies among the {page.pool} pages")
         sinks = {frame for frame in range(min(self.spec.sink, self.layout.next_frame))}
         if self.spec.policy == "sink_window" and not sinks <= set(self.table):
             raise CacheStateError(f"sink frames {sorted(sinks - set(self.table))} are gone")
@@ -328,34 +363,33 @@ class KVCache:
             segments.append(Segment(runs, chunk.positions[start : start + size]))
         return tuple(segments)
 
-    def _pool_of(self, frame: int) -> str:
-        """Where a frame belongs once the open chunk is the newest committed one."""
-        assert self.opened is not None
+    def _pool_of(self, frame: int, end: int) -> str:
+        """Where a frame belongs when `end` latent frames are committed."""
         if "full" not in self.pools:
             return "pages"
         sink = self.spec.keep_sinks and frame < self.spec.sink
-        end = self.opened.start + self.opened.frames
         newest = self.spec.keep_newest and frame >= end - self.geometry.chunk_frames
         return "full" if sink or newest else "pages"
 
     def _plan_commit(self) -> _Commit:
         """Reassign slots on the host: leaving pages, demotions and the new chunk."""
         assert self.opened is not None
-        start = self.opened.start
+        start, end = self.opened.start, self.opened.start + self.opened.frames
         kept = self.layout.after_commit()
         for frame in [f for f in self.table if f not in kept]:
             page = self.table.pop(frame)
             self.pools[page.pool].release(page.slot)
         demotions = []
         for frame, page in list(self.table.items()):
-            if page.pool == "full" and self._pool_of(frame) == "pages":
+            if page.pool == "full" and self._pool_of(frame, end) == "pages":
                 target = Page("pages", self.pools["pages"].acquire())
                 demotions.append((page.slot, target.slot))
                 self.pools["full"].release(page.slot)
                 self.table[frame] = target
         writes: dict[str, tuple[list[int], list[int]]] = {}
         for frame in (f for f in kept if f >= start):
-            page = Page(self._pool_of(frame), self.pools[self._pool_of(frame)].acquire())
+            name = self._pool_of(frame, end)
+            page = Page(name, self.pools[name].acquire())
             self.table[frame] = page
             indices, slots = writes.setdefault(page.pool, ([], []))
             indices.append(frame - start)

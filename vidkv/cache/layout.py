@@ -48,7 +48,9 @@ class Layout:
         if self.opened is not None:
             raise CacheStateError(f"chunk at latent frame {self.opened.start} is still open")
         if not 1 <= frames <= self.chunk_frames:
-            raise CacheStateError(f"a chunk of {frames} latent frames; this cache takes 1 to {self.chunk_frames}")
+            raise CacheStateError(
+                f"a chunk of {frames} latent frames; this cache takes 1 to {self.chunk_frames}"
+            )
         if self.spec.positions == "relative":
             positions, first = tuple(range(len(self.resident))), len(self.resident)
         else:

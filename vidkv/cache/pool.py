@@ -33,7 +33,9 @@ class PagePool:
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers, each storage counted once."""
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.storage.values()}
+        storages = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.storage.values()
+        }
         return sum(storages.values()) if self.slots else 0
 
     def acquire(self) -> int:

@@ -102,7 +102,9 @@ class CacheSpec(BaseModel):
         if self.format not in FORMATS:
             raise CacheSpecError(f"cache format {self.format!r} is unknown; formats are {', '.join(FORMATS)}")
         if self.policy not in POLICIES:
-            raise CacheSpecError(f"cache policy {self.policy!r} is unknown; policies are {', '.join(POLICIES)}")
+            raise CacheSpecError(
+                f"cache policy {self.policy!r} is unknown; policies are {', '.join(POLICIES)}"
+            )
         if self.policy == "sliding_window" and self.sink:
             raise CacheSpecError(f"sink={self.sink}: the policy sliding_window keeps no sinks; say sink=0")
 
