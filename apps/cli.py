@@ -99,7 +99,7 @@ def estimate(
 ) -> None:
     """Say what memory a rollout needs, without its weights."""
     from vidkv.apps.generate import cache_spec, pick_device
-    from vidkv.memory import plan_memory
+    from vidkv.memory import pixel_size, plan_memory
     from vidkv.models.registry import MODELS
 
     if model not in MODELS:
@@ -108,7 +108,7 @@ def estimate(
     where = "cpu" if entry.weights and pick_device(device) == "cpu" else "cuda"
     spec = cache_spec(entry, _cache_changes(cache, kv_format, window, sink), where)
     dtype = _compute_dtype(where)
-    plan = plan_memory(entry, spec, height or entry.height, width or entry.width, batch, dtype)
+    plan = plan_memory(entry, spec, *pixel_size(entry, height, width), batch, dtype)
     rows = "\n".join(f"{name:17} {value / 1e9:10.3f} GB" for name, value in plan.as_dict().items())
     _emit(plan.as_dict() | {"model": model, "cache": str(spec)}, as_json, rows)
 

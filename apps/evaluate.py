@@ -42,7 +42,7 @@ MIX: tuple[tuple[Family, bool], ...] = (
 )
 PER_CHUNK = (
     "identity", "colour", "shape", "colour_delta_e", "count_error", "luminance_drift", "trajectory_rmse",
-    "speed_error", "teleports",
+    "speed_error", "teleports", "judged",
 )  # fmt: skip
 Tell = Callable[[int, int, str], None]
 

@@ -19,11 +19,12 @@ import torch
 import vidkv
 from vidkv.cache import CacheSpec
 from vidkv.errors import Cancelled, InputError, OutputError, VidkvError
-from vidkv.memory import latent_size
+from vidkv.memory import latent_size, pixel_size
 from vidkv.models.checkpoints import read_json
 from vidkv.models.registry import MODELS, ModelEntry, canonical_prompt
 from vidkv.pipeline import CausalVideoPipeline, chunks_for, find_model, frames_for
 from vidkv.prompts import PromptSchedule
+from vidkv.schedule import FlowSchedule
 from vidkv.segments import SegmentWriter, check_output, write_video
 
 if TYPE_CHECKING:
@@ -91,7 +92,9 @@ def plan(request: Request) -> Plan:
     grammar = config.get("prompt_grammar")
     schedule = PromptSchedule.of(request.prompts, canonical_prompt(str(grammar) if grammar else None))
     device = pick_device(request.device)
-    latent_size(entry, request.height or entry.height, request.width or entry.width)
+    latent_size(entry, *pixel_size(entry, request.height, request.width))
+    if request.steps is not None:
+        FlowSchedule().with_steps(request.steps)
     spec = cache_spec(entry, request.cache, device)
     return Plan(request, entry, folder, schedule, spec, device, frames_for(request.seconds, entry.fps))
 
@@ -144,7 +147,7 @@ def generate(plan: Plan, report: Reporter, started: float) -> dict[str, Any]:
     dtype = torch.float32 if plan.device == "cpu" else torch.bfloat16
     pipe = CausalVideoPipeline.from_pretrained(plan.folder, dtype=dtype).to(plan.device)
     pipe.set_progress_bar_config(disable=True)
-    height, width = request.height or entry.height, request.width or entry.width
+    height, width = pixel_size(entry, request.height, request.width)
     folder = request.out.with_name(request.out.name + ".segments")
     _rescue(folder, request.out, entry.fps)
     writer = SegmentWriter(folder, entry.fps, height, width)

@@ -215,9 +215,7 @@ class TestPyAv:
 
 
 class TestDisk:
-    @pytest.mark.parametrize(
-        ("free", "status"), [(2**40, "ok"), (2**30, "warn"), (2**20, "fail")], ids=str
-    )
+    @pytest.mark.parametrize(("free", "status"), [(2**40, "ok"), (2**30, "warn"), (2**20, "fail")], ids=str)
     def test_free_space(self, monkeypatch: pytest.MonkeyPatch, free: int, status: str) -> None:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(2**41, 0, free))
         checks = list(doctor._disk())
@@ -273,9 +271,7 @@ class TestWeights:
         (check,) = doctor._weights()
         assert (check.status, check.detail) == ("fail", f"{package} is not installed")
 
-    def test_a_folder_without_init_is_found(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_folder_without_init_is_found(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "some_model" / "weights").mkdir(parents=True)
         monkeypatch.syspath_prepend(tmp_path)
         found = doctor._package_folder("some_model.weights")
@@ -308,9 +304,7 @@ class TestReadPaths:
         assert check.detail.startswith("cannot be imported")
 
 
-def test_nothing_is_printed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nothing_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(builtins, "print", lambda *_, **__: pytest.fail("print was called"))
     run_checks()
     assert capsys.readouterr() == ("", "")

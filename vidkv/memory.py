@@ -80,6 +80,11 @@ def latent_size(entry: ModelEntry, height: int, width: int) -> tuple[int, int]:
     return height // stride, width // stride
 
 
+def pixel_size(entry: ModelEntry, height: int | None, width: int | None) -> tuple[int, int]:
+    """Rows and columns of a video; the model's own where none are given."""
+    return entry.height if height is None else height, entry.width if width is None else width
+
+
 def spatial_stride(entry: ModelEntry) -> int:
     """Pixels per latent row."""
     return int(entry.vae.get("scale_factor_spatial", 8))

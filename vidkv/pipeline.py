@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from vidkv.cache import CacheSpec
 from vidkv.errors import CheckpointError, InputError
-from vidkv.memory import MemoryPlan, latent_size, plan_memory
+from vidkv.memory import MemoryPlan, latent_size, pixel_size, plan_memory
 from vidkv.models.checkpoints import read_json, verify
 from vidkv.models.registry import MODELS, ModelEntry, canonical_prompt, weights_folder
 from vidkv.models.text import encode_prompts
@@ -68,11 +68,11 @@ class CausalVideoPipeline(DiffusionPipeline):
         text_encoder: UMT5EncoderModel,
         tokenizer: PreTrainedTokenizerBase,
         model: str = "bounce",
-        steps: Sequence[int] = (1000, 750, 500, 250),
+        steps: list[int] | None = None,
         shift: float = 5.0,
         warp: bool = True,
-        first_chunk_steps: Sequence[int] | None = None,
-        sampler: Literal["renoise", "euler"] = "renoise",
+        first_chunk_steps: list[int] | None = None,
+        sampler: str = "renoise",
         prompt_grammar: str | None = None,
     ) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class CausalVideoPipeline(DiffusionPipeline):
         )
         self.register_to_config(
             model=model,
-            steps=list(steps),
+            steps=list(steps or FlowSchedule().steps),
             shift=shift,
             warp=warp,
             first_chunk_steps=list(first_chunk_steps) if first_chunk_steps else None,
@@ -148,9 +148,7 @@ class CausalVideoPipeline(DiffusionPipeline):
         """Bytes that a rollout of this size needs, before it starts."""
         entry = self.entry
         spec = self._spec(cache)
-        return plan_memory(
-            entry, spec, height or entry.height, width or entry.width, batch, self.transformer.dtype
-        )
+        return plan_memory(entry, spec, *pixel_size(entry, height, width), batch, self.transformer.dtype)
 
     @torch.no_grad()
     def __call__(
@@ -242,7 +240,7 @@ class CausalVideoPipeline(DiffusionPipeline):
     ) -> Rollout:
         """A rollout without a prompt yet; batch element i has seed `seed + i`, or `seeds[i]`."""
         entry = self.entry
-        rows, columns = latent_size(entry, height or entry.height, width or entry.width)
+        rows, columns = latent_size(entry, *pixel_size(entry, height, width))
         schedule = self.schedule
         if num_inference_steps is not None:
             schedule = schedule.with_steps(num_inference_steps)

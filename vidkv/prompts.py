@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 from vidkv.errors import PromptError
 
@@ -33,7 +34,13 @@ class PromptSchedule:
         Raises:
             PromptError: no prompt, a bad second, or what `canonical` raises.
         """
-        entries = [(0.0, prompt)] if isinstance(prompt, str) else [(s, text) for s, text in prompt]
+        try:
+            entries = [(0.0, prompt)] if isinstance(prompt, str) else [(s, text) for s, text in prompt]
+            readable = all(isinstance(s, Real) and isinstance(text, str) for s, text in entries)
+        except (TypeError, ValueError):
+            readable = False
+        if not readable:
+            raise PromptError(f"prompt {prompt!r:.80}: give a text or a list of (second, text)")
         if not entries:
             raise PromptError("the prompt schedule is empty; give at least one prompt")
         for second, _ in entries:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from numbers import Integral
 from typing import Any, Protocol
 
@@ -201,7 +201,10 @@ class Rollout:
         return other
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and a JSON-able header that `restore` turns back into this rollout, bit for bit."""
+        """Tensors and a JSON-able header that `restore` turns back into this rollout, bit for bit.
+
+        The transformer and the text are not part of it.
+        """
         tensors, cache = self.cache.state_tensors()
         tensors = {f"cache.{name}": tensor for name, tensor in tensors.items()}
         if self.decoder:
@@ -212,6 +215,7 @@ class Rollout:
             "cache": cache,
             "chunk": self.chunk,
             "seeds": list(self.seeds),
+            "schedule": asdict(self.schedule),
             "window_frames": list(self.window_latents),
         }
         return tensors, header
@@ -222,15 +226,18 @@ class Rollout:
         Raises:
             StateError: it does not fit this rollout; nothing has changed.
         """
-        if self.decoder and "decoder.fed_frames" not in tensors:
+        if self.decoder and not _under("decoder.", tensors):
             raise StateError("the state was saved without a decoder; restore it into a rollout without one")
+        chunk, seeds, frames = header["chunk"], tuple(header["seeds"]), header["window_frames"]
+        schedule = FlowSchedule(
+            **{name: tuple(v) if isinstance(v, list) else v for name, v in header["schedule"].items()}
+        )
+        kept = tensors["window_latents"].to(self.device, copy=True).unbind(1) if frames else ()
+        window_latents = dict(zip(frames, kept, strict=True))
         self.cache.restore(_under("cache.", tensors), header["cache"])
         if self.decoder:
             self.decoder.restore(_under("decoder.", tensors))
-        self.chunk, self.seeds = header["chunk"], tuple(header["seeds"])
-        frames = header["window_frames"]
-        kept = tensors["window_latents"].to(self.device).unbind(1) if frames else ()
-        self.window_latents = dict(zip(frames, kept, strict=True))
+        self.chunk, self.seeds, self.schedule, self.window_latents = chunk, seeds, schedule, window_latents
 
     def _denoise(self, frames: int, noise: Tensor | None, on_step: OnStep | None) -> Tensor:
         sigmas = self.schedule.sigmas(self.chunk)

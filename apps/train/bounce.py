@@ -112,10 +112,10 @@ def assemble(out: Path, trainer: Trainer, vae: AutoencoderKLWan, world: str) -> 
         text_encoder=trainer.student.text_encoder.cpu().half(),
         tokenizer=build_tokenizer(),
         model="bounce",
-        steps=SCHEDULE.steps,
+        steps=list(SCHEDULE.steps),
         shift=SCHEDULE.shift,
         warp=SCHEDULE.warp,
-        first_chunk_steps=first,
+        first_chunk_steps=list(first) if first else None,
         sampler=SCHEDULE.sampler,
         prompt_grammar=f"bounce:{world}",
     )

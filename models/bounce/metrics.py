@@ -734,24 +734,26 @@ def identity_metrics(
     out: Visibility,
     chunks: Sequence[slice],
     event_chunk: int | None = None,
-) -> tuple[Floats, Floats, Floats, Floats]:
-    """Identity, its colour and shape parts, and colour error, (chunks,) each.
+) -> tuple[Floats, Floats, Floats, Floats, Floats]:
+    """Identity, its colour and shape parts, colour error, and the share judged, (chunks,) each.
 
     Identity: of all (object of the prompt, frame) that can be judged, the share seen with the right
     colour and shape. One cannot be judged while cut or possibly out of view. An object whose colour
     is not seen is taken for an object of a colour that does not belong there, if there is one (wrong
     colour, shape compared), and is otherwise absent (wrong in both). In the chunk in which the
     prompt's event falls due both colours are right. Colour error: mean ΔE2000 between the inside of
-    those objects and the paint that the prompt names.
+    those objects and the paint that the prompt names. Judged: of all (object, frame), the share that
+    could be; a rollout in which objects melt together has little of it.
     """
     rows = []
     for c, chunk in enumerate(chunks):
         counts = count_chunk(parsed, prompt, out, chunk, _event_phase(c, event_chunk))
         error = float(np.mean(counts.delta_e)) if counts.delta_e else np.nan
         parts = (counts.right, counts.colour, counts.shape)
-        rows.append([*(counts.share(part) for part in parts), error])
-    columns = np.array(rows, float).reshape(-1, 4).T
-    return columns[0], columns[1], columns[2], columns[3]
+        judged = counts.judged / (len(prompt.objects) * (chunk.stop - chunk.start))
+        rows.append([*(counts.share(part) for part in parts), error, judged])
+    columns = np.array(rows, float).reshape(-1, 5).T
+    return columns[0], columns[1], columns[2], columns[3], columns[4]
 
 
 def _event_phase(chunk: int, event_chunk: int | None) -> str:
@@ -894,7 +896,7 @@ class RolloutMetrics:
     """One rollout; arrays are (chunks,), NaN where there is no evidence.
 
     Attributes:
-        identity, colour, shape, colour_delta_e: see `identity_metrics`.
+        identity, colour, shape, colour_delta_e, judged: see `identity_metrics`.
         count_error: see `count_error`.
         luminance_drift: see `luminance_drift`.
         trajectory_rmse, speed_error: see `motion_errors`.
@@ -914,6 +916,7 @@ class RolloutMetrics:
     teleports: Floats
     returns: list[Return]
     event_latency: float
+    judged: Floats
 
 
 def measure(
@@ -934,7 +937,7 @@ def measure(
     tracks = track(parsed, prompt)
     bar = _steady_bar(parsed, prompt.family)
     out = visibility(tracks, prompt, bar)
-    identity, colour, shape, delta_e = identity_metrics(parsed, prompt, out, chunks, event_chunk)
+    identity, colour, shape, delta_e, judged = identity_metrics(parsed, prompt, out, chunks, event_chunk)
     trajectory, speed = motion_errors(tracks, prompt, bar, chunks)
     return RolloutMetrics(
         identity=identity,
@@ -948,6 +951,7 @@ def measure(
         teleports=teleports(tracks, prompt, chunks),
         returns=out.returns,
         event_latency=event_latency(parsed, prompt, chunks, event_chunk),
+        judged=judged,
     )
 
 

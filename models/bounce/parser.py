@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vidkv.models.bounce.prompts import COLOURS, MAX_OBJECTS, SHAPES, Family
+from vidkv.models.bounce.prompts import COLOURS, MAX_OBJECTS, SHAPES, WORLDS, Family, World
 from vidkv.models.bounce.world import (
     PALETTE,
     SIZE,
@@ -544,6 +544,7 @@ def noise_floor(
     scenes: int = 32,
     frames: int = 17,
     seed: int = 0,
+    world: World = WORLDS["wide"],
 ) -> NoiseFloor:
     """Measure the parser on ground truth.
 
@@ -551,8 +552,9 @@ def noise_floor(
         degrade: from clips (b, frames, 64, 64, 3) in [0, 1] to the like; what stands between the
             world and the parser, such as blur, noise or a VAE. None parses the frames as drawn.
         scenes, frames: how many clips of what length.
+        world: how much variety the scenes have.
     """
-    sampled = sample_scenes(scenes, torch.Generator().manual_seed(seed), family)
+    sampled = sample_scenes(scenes, torch.Generator().manual_seed(seed), family, world=world)
     start = 60
     path = simulate(sampled, start + frames)
     clips = render(sampled, path, start)

@@ -168,6 +168,8 @@ def _check(prompt: ScenePrompt, world: World) -> None:
     colour, shape, new = prompt.event
     if (colour, shape) not in prompt.objects:
         raise PromptError(f"the {colour} {shape} that turns {new} is not among the objects of the prompt")
+    if new == colour:
+        raise PromptError(f"the {colour} {shape} is {new} already; name another colour")
     if new in colours:
         raise PromptError(f"the {colour} {shape} cannot turn {new}: another object is {new} already")
 

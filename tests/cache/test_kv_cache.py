@@ -75,13 +75,14 @@ def pools_are_consistent(caches: list[KVCache]) -> None:
 
 class TestAgainstTheOracle:
     @given(settings_of_a_cache(), st.data())
-    @settings(max_examples=60)
+    @settings(max_examples=100)
     def test_rollouts(self, config: tuple[CacheSpec, CacheGeometry], data: st.DataObject) -> None:
         """What is read is right at every step; pages keep their bytes; memory stays what was planned."""
         spec, geometry = config
         cache, oracle = KVCache(spec, geometry), Oracle(spec, geometry)
         allocated = {name: (id(pool.storage), pool.slots) for name, pool in cache.pools.items()}
-        chunks = data.draw(st.lists(st.integers(1, geometry.chunk_frames), min_size=1, max_size=40))
+        length = data.draw(st.sampled_from([1, 5, 12, 25, 40]))
+        chunks = data.draw(st.lists(st.integers(1, geometry.chunk_frames), min_size=length, max_size=length))
         hashes: dict[tuple[int, str], str] = {}
         for i, frames in enumerate(chunks):
             poison_free_slots(cache)
@@ -206,7 +207,7 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 TestMachine = CacheMachine.TestCase
-TestMachine.settings = settings(max_examples=25, stateful_step_count=25)
+TestMachine.settings = settings(max_examples=60, stateful_step_count=40)
 
 
 class TestWriteOnce:

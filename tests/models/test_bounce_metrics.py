@@ -375,7 +375,8 @@ class TestNoEvidence:
 
     def test_what_is_cut_is_not_judged(self) -> None:
         truth = one_scene(("red", "square", 60, 30, 0, 0), family="still", frames=21)
-        assert np.isnan(truth.metrics.identity).all()
+        assert np.isnan(truth.metrics.identity).all() and not truth.metrics.judged.any()
+        assert lone().metrics.judged.mean() > 0.9
         assert largest(truth.metrics.count_error) == 0
 
     def test_one_frame_is_enough_for_identity_only(self) -> None:

@@ -1,0 +1,446 @@
+"""A rollout is the same video however it is run: streamed, interleaved, batched, forked, saved."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.tiny import (
+    LATENT_SIZE,
+    build_rollout,
+    build_text,
+    build_transformer,
+    build_vae,
+    noise,
+    relative_l2,
+)
+from vidkv.cache import planned_bytes
+from vidkv.cache.kv_cache import State
+from vidkv.errors import CacheSpecError, CacheStateError, Cancelled, InputError, NumericsError, StateError
+from vidkv.models.wan import CausalWanTransformer3DModel
+from vidkv.noise import chunk_noise
+from vidkv.rollout import Chunk, Rollout
+from vidkv.schedule import FlowSchedule
+
+FORMATS = ("fp32", "bf16", "int8", "int8,keep_newest,keep_sinks,value_scale=channel")
+WINDOW = "window=9,sink=2"
+
+
+@pytest.fixture(scope="module")
+def model() -> CausalWanTransformer3DModel:
+    return build_transformer()
+
+
+def chunks_of(rollout: Rollout, number: int) -> list[Chunk]:
+    return [rollout.step_chunk() for _ in range(number)]
+
+
+def latents_of(rollout: Rollout, number: int) -> Tensor:
+    return torch.cat([chunk.latents for chunk in chunks_of(rollout, number)], 1)
+
+
+def same(found: list[Chunk], wanted: list[Chunk]) -> bool:
+    """Bit for bit, frames and latents."""
+    assert [c.index for c in found] == [c.index for c in wanted]
+    return all(
+        torch.equal(a.latents, b.latents)
+        and (a.frames is b.frames is None or torch.equal(a.frames, b.frames))
+        for a, b in zip(found, wanted, strict=True)
+    )
+
+
+class TestOneVideo:
+    @pytest.mark.parametrize("format", FORMATS)
+    def test_interleaved_with_others(self, model: CausalWanTransformer3DModel, format: str) -> None:
+        """Two rollouts in turn, with other work and other random numbers between."""
+        vae = build_vae()
+        one_shot = [
+            chunks_of(build_rollout(f"{format},{WINDOW}", transformer=model, seeds=[s], vae=vae), 5)
+            for s in (7, 8)
+        ]
+        a, b = (build_rollout(f"{format},{WINDOW}", transformer=model, seeds=[s], vae=vae) for s in (7, 8))
+        found: tuple[list[Chunk], list[Chunk]] = ([], [])
+        for _ in range(5):
+            found[0].append(a.step_chunk())
+            torch.randn(10)
+            found[1].append(b.step_chunk())
+        assert same(found[0], one_shot[0]) and same(found[1], one_shot[1])
+        assert not same(one_shot[0], one_shot[1])
+
+    @pytest.mark.parametrize("format", FORMATS)
+    def test_elements_of_a_batch(self, model: CausalWanTransformer3DModel, format: str) -> None:
+        """Equal up to what BLAS makes of another matrix size; INT8 may flip a code where it rounds."""
+        text = build_text(model, 3)
+        batch = latents_of(
+            build_rollout(f"{format},{WINDOW}", transformer=model, text=text, seeds=[5, 6, 7]), 5
+        )
+        for i, seed in enumerate((5, 6, 7)):
+            own = replace(
+                text, keys=[k[i : i + 1] for k in text.keys], values=[v[i : i + 1] for v in text.values]
+            )
+            alone = build_rollout(f"{format},{WINDOW}", transformer=model, text=own, seeds=[seed])
+            assert relative_l2(batch[i : i + 1], latents_of(alone, 5)) < (1e-5 if format == "fp32" else 1e-3)
+
+    def test_a_bfloat16_model(self) -> None:
+        model = build_transformer().bfloat16()
+        a, b = (build_rollout(f"bf16,{WINDOW}", transformer=model) for _ in range(2))
+        first = chunks_of(a, 4)
+        assert first[0].latents.dtype == torch.bfloat16
+        assert same(chunks_of(b, 4), first)
+        exact = latents_of(build_rollout(f"fp32,{WINDOW}", transformer=build_transformer()), 4)
+        assert relative_l2(torch.cat([c.latents for c in first], 1).float(), exact) < 0.1
+
+    def test_what_makes_it_this_video(self, model: CausalWanTransformer3DModel) -> None:
+        """Seed, text, schedule, window and positions each lead elsewhere."""
+        base = latents_of(build_rollout(f"fp32,{WINDOW}", transformer=model), 5)
+        others = [
+            build_rollout(f"fp32,{WINDOW}", transformer=model, seeds=[8]),
+            build_rollout(f"fp32,{WINDOW}", transformer=model, text=build_text(model, seed=1)),
+            build_rollout(f"fp32,{WINDOW}", transformer=model, schedule=FlowSchedule((1000, 750))),
+            build_rollout(
+                f"fp32,{WINDOW}", transformer=model, schedule=FlowSchedule((1000, 500), sampler="euler")
+            ),
+            build_rollout("fp32,window=8,sink=2", transformer=model),
+            build_rollout(f"fp32,{WINDOW},positions=absolute", transformer=model),
+        ]
+        for other in others:
+            assert relative_l2(latents_of(other, 5), base) > 1e-3
+
+    def test_first_chunk_steps(self, model: CausalWanTransformer3DModel) -> None:
+        calls: list[tuple[int, int]] = []
+        schedule = FlowSchedule((1000, 500), first_chunk_steps=(1000, 750, 500, 250))
+        rollout = build_rollout(transformer=model, schedule=schedule)
+        for _ in range(2):
+            rollout.step_chunk(on_step=lambda chunk, step: calls.append((chunk, step)))
+        assert calls == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1)]
+
+    def test_by_hand(self, model: CausalWanTransformer3DModel) -> None:
+        """The first chunk, spelled out: no history, two steps, fresh noise between."""
+        from vidkv.attention import FullAttention
+
+        rollout = build_rollout(transformer=model)
+        chunk = rollout.step_chunk()
+        first, second = (chunk_noise([7], 0, step, (3, *LATENT_SIZE)) for step in (0, 1))
+
+        def flow(x: Tensor, sigma: float) -> Tensor:
+            with torch.no_grad():
+                return model(x, torch.full((1, 3), 1000 * sigma), rollout.text, FullAttention(2, 3))
+
+        low = 5 * 0.5 / (1 + 4 * 0.5)
+        x = (1 - low) * (first - flow(first, 1.0)) + low * second
+        torch.testing.assert_close(chunk.latents, x - low * flow(x, low), rtol=1e-4, atol=1e-5)
+
+    def test_given_noise_replaces_the_seed_s(self, model: CausalWanTransformer3DModel) -> None:
+        own = chunk_noise([7], 0, 0, (3, *LATENT_SIZE))
+        a, b, c = (build_rollout(transformer=model) for _ in range(3))
+        assert torch.equal(a.step_chunk(noise=own).latents, b.step_chunk().latents)
+        assert not torch.equal(c.step_chunk(noise=-own).latents, a.step_chunk().latents)
+
+    def test_shorter_chunks(self, model: CausalWanTransformer3DModel) -> None:
+        rollout = build_rollout(transformer=model, vae=build_vae())
+        shapes = []
+        for frames in (1, 3, 2):
+            chunk = rollout.step_chunk(frames)
+            assert chunk.frames is not None
+            shapes.append((chunk.start_frame, chunk.latents.shape[1], chunk.frames.shape[1]))
+        assert shapes == [(0, 1, 1), (1, 3, 12), (4, 2, 8)]
+
+
+class TestFork:
+    @pytest.mark.parametrize("format", FORMATS)
+    def test_both_branches_go_on_as_if_alone(self, model: CausalWanTransformer3DModel, format: str) -> None:
+        vae = build_vae()
+
+        def fresh() -> Rollout:
+            return build_rollout(f"{format},{WINDOW}", transformer=model, vae=vae)
+
+        other_text = build_text(model, seed=3)
+        plain, changed = fresh(), fresh()
+        wanted = chunks_of(plain, 7)
+        chunks_of(changed, 3)
+        changed.set_text(other_text)
+        wanted_other = chunks_of(changed, 4)
+        assert not same(wanted_other, wanted[3:])
+
+        trunk = fresh()
+        chunks_of(trunk, 3)
+        branch = trunk.fork()
+        branch.set_text(other_text)
+        found, found_other = [], []
+        for _ in range(4):
+            found_other.append(branch.step_chunk())
+            found.append(trunk.step_chunk())
+        assert same(found, wanted[3:])
+        assert same(found_other, wanted_other)
+        trunk.cache.check_integrity()
+        branch.cache.check_integrity()
+
+    def test_forks_of_forks(self, model: CausalWanTransformer3DModel) -> None:
+        wanted = chunks_of(build_rollout(f"int8,{WINDOW}", transformer=model), 6)
+        rollout = build_rollout(f"int8,{WINDOW}", transformer=model)
+        rollouts = [rollout]
+        for i in range(4):
+            found = [r.step_chunk() for r in rollouts]
+            assert all(same([chunk], [wanted[i]]) for chunk in found)
+            rollouts.append(rollouts[i % len(rollouts)].fork())
+
+
+class TestAppend:
+    def test_is_the_clean_pass_of_given_latents(self, model: CausalWanTransformer3DModel) -> None:
+        """A rollout whose chunks are appended elsewhere goes on there as here."""
+        vae = build_vae()
+        source = build_rollout(transformer=model, vae=vae)
+        first = chunks_of(source, 3)
+        target = build_rollout(transformer=model, vae=vae)
+        for chunk in first:
+            frames = target.append(chunk.latents)
+            assert frames is not None and torch.equal(frames, chunk.frames)
+        assert target.chunk == 3 and target.next_frame == 9
+        assert same(chunks_of(target, 3), chunks_of(source, 3))
+
+    def test_one_frame_prefix(self, model: CausalWanTransformer3DModel) -> None:
+        """An image to start from: it changes what follows, and what follows has full chunks."""
+        images = [noise(1, 1, *LATENT_SIZE, seed=s) for s in (1, 2)]
+        videos = []
+        for image in images:
+            rollout = build_rollout(transformer=model, vae=build_vae())
+            frames = rollout.append(image)
+            assert frames is not None and frames.shape == (1, 1, 32, 48, 3)
+            chunks = chunks_of(rollout, 2)
+            assert [c.start_frame for c in chunks] == [1, 4]
+            assert list(rollout.window_latents) == [0, 1, 3, 4, 5, 6]
+            assert torch.equal(rollout.window_latents[0], image[:, 0])
+            videos.append(torch.cat([c.latents for c in chunks], 1))
+        assert relative_l2(videos[0], videos[1]) > 0.01
+
+    @pytest.mark.parametrize(
+        "shape", [(1, 3, 4, 4, 4), (2, 3, *LATENT_SIZE), (1, 3, 3, 4, 6), (3, *LATENT_SIZE)], ids=str
+    )
+    def test_wrong_shapes_leave_the_rollout_usable(
+        self, model: CausalWanTransformer3DModel, shape: tuple[int, ...]
+    ) -> None:
+        rollout = build_rollout(transformer=model)
+        wanted = chunks_of(build_rollout(transformer=model), 2)
+        with pytest.raises(InputError, match="latents are"):
+            rollout.append(noise(*shape))
+        with pytest.raises(InputError, match="latents are"):
+            rollout.step_chunk(noise=noise(*shape))
+        assert same(chunks_of(rollout, 2), wanted)
+
+    def test_too_long(self, model: CausalWanTransformer3DModel) -> None:
+        rollout = build_rollout(transformer=model)
+        with pytest.raises(CacheStateError, match="chunk of 4"):
+            rollout.append(noise(1, 4, *LATENT_SIZE))
+        assert rollout.cache.state is State.IDLE
+
+    def test_nan(self, model: CausalWanTransformer3DModel) -> None:
+        rollout = build_rollout(transformer=model)
+        latents = noise(1, 3, *LATENT_SIZE)
+        latents[0, 2, 1, 3, 5] = float("nan")
+        with pytest.raises(NumericsError, match="chunk 0"):
+            rollout.append(latents)
+        assert same(chunks_of(rollout, 2), chunks_of(build_rollout(transformer=model), 2))
+
+
+class TestInterruptions:
+    @pytest.mark.parametrize("format", FORMATS)
+    @pytest.mark.parametrize("at", [(0, 0), (0, 1), (2, 0), (3, 1)], ids=str)
+    def test_cancelled_between_steps(
+        self, model: CausalWanTransformer3DModel, format: str, at: tuple[int, int]
+    ) -> None:
+        """The rollout stands before the chunk and goes on as if nothing had happened."""
+        vae = build_vae()
+        wanted = chunks_of(build_rollout(f"{format},{WINDOW}", transformer=model, vae=vae), 5)
+        rollout = build_rollout(f"{format},{WINDOW}", transformer=model, vae=vae)
+
+        def stop(chunk: int, step: int) -> None:
+            if (chunk, step) == at:
+                raise Cancelled("enough")
+
+        found = chunks_of(rollout, at[0])
+        for _ in range(2):
+            with pytest.raises(Cancelled, match="enough"):
+                rollout.step_chunk(on_step=stop)
+            assert rollout.chunk == at[0] and rollout.next_frame == 3 * at[0]
+            rollout.cache.check_integrity()
+        assert same(found + chunks_of(rollout, 5 - at[0]), wanted)
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
+    @pytest.mark.parametrize("call", [0, 1, 3, 7])
+    def test_nan_in_a_denoising_step(
+        self, model: CausalWanTransformer3DModel, monkeypatch: pytest.MonkeyPatch, call: int, bad: float
+    ) -> None:
+        """Found in its chunk; nothing of it is committed; the chunk can be made again."""
+        wanted = chunks_of(build_rollout(f"int8,{WINDOW}", transformer=model), 4)
+        rollout = build_rollout(f"int8,{WINDOW}", transformer=model)
+        # two denoising steps and a clean pass a chunk
+        assert call % 3 < 2
+        with monkeypatch.context() as patch:
+            inject(patch, call, bad)
+            found = chunks_of(rollout, call // 3)
+            with pytest.raises(NumericsError, match=f"chunk {call // 3}"):
+                rollout.step_chunk()
+        rollout.cache.check_integrity()
+        assert same(found + chunks_of(rollout, 4 - call // 3), wanted)
+
+    @pytest.mark.parametrize("call", [2, 8])
+    def test_nan_in_the_clean_pass(
+        self, model: CausalWanTransformer3DModel, monkeypatch: pytest.MonkeyPatch, call: int
+    ) -> None:
+        """Pages are overwritten by then: the cache says so, and a saved state is the way back."""
+        rollout = build_rollout(f"int8,{WINDOW}", transformer=model)
+        wanted = chunks_of(build_rollout(f"int8,{WINDOW}", transformer=model), 4)
+        found = chunks_of(rollout, call // 3)
+        saved = rollout.state()
+        with monkeypatch.context() as patch:
+            inject(patch, call % 3, float("nan"))
+            with pytest.raises(NumericsError, match=f"chunk {call // 3}"):
+                rollout.step_chunk()
+        with pytest.raises(CacheStateError, match="broken"):
+            rollout.step_chunk()
+        rollout.restore(*saved)
+        assert same(found + chunks_of(rollout, 4 - call // 3), wanted)
+
+    def test_a_failing_decoder_does_not_repeat_noise(self, model: CausalWanTransformer3DModel) -> None:
+        """The chunk is committed by then, so the next one is the next one."""
+        rollout = build_rollout(transformer=model, vae=build_vae())
+        wanted = chunks_of(build_rollout(transformer=model), 3)
+        feed, rollout.decoder.feed = rollout.decoder.feed, _fail  # type: ignore[union-attr, method-assign]
+        with pytest.raises(OSError):
+            rollout.step_chunk()
+        rollout.decoder.feed = feed  # type: ignore[union-attr, method-assign]
+        assert rollout.chunk == 1
+        for found, chunk in zip(chunks_of(rollout, 2), wanted[1:], strict=True):
+            assert found.index == chunk.index and torch.equal(found.latents, chunk.latents)
+
+
+def inject(patch: pytest.MonkeyPatch, call: int, value: float) -> None:
+    """Spoil one element of what the transformer says at its n-th call."""
+    counter: Iterator[int] = iter(range(10**6))
+    forward = CausalWanTransformer3DModel.forward
+
+    def spoilt(self: CausalWanTransformer3DModel, *args: object) -> Tensor:
+        out: Tensor = forward(self, *args)
+        if next(counter) == call:
+            out[0, -1, 1, 2, 3] = value
+        return out
+
+    patch.setattr(CausalWanTransformer3DModel, "forward", spoilt)
+
+
+def _fail(latents: Tensor) -> Tensor:
+    raise OSError("no decoder today")
+
+
+class TestMemory:
+    @pytest.mark.parametrize("format", FORMATS)
+    def test_flat_over_sixty_chunks(self, model: CausalWanTransformer3DModel, format: str) -> None:
+        rollout = build_rollout(f"{format},{WINDOW}", transformer=model)
+        stats, tensors = [], []
+        for _ in range(60):
+            stats.append(rollout.step_chunk().stats)
+            assert len(rollout.window_latents) <= 6
+            gc.collect(0)
+            tensors.append(sum(t.nbytes for t in rollout.window_latents.values()))
+        planned = planned_bytes(rollout.cache.spec, rollout.cache.geometry, torch.float32)
+        assert {s.kv_bytes for s in stats} == {planned}
+        assert {s.resident_frames for s in stats[2:]} == {6}
+        # three passes over six pages in each of two layers
+        assert {s.pages_read for s in stats[2:]} == {36}
+        lossy = {"fp32": 0, "bf16": 0, "int8": 36}.get(format, 6)
+        assert {s.lossy_pages_read for s in stats[3:]} == {lossy}
+        assert len(set(tensors[2:])) == 1
+        assert list(rollout.window_latents) == [0, 1, 176, 177, 178, 179]
+
+    def test_window_latents_do_not_hold_whole_chunks(self, model: CausalWanTransformer3DModel) -> None:
+        """Nor do they change when a caller works on a chunk in place."""
+        rollout = build_rollout(transformer=model)
+        chunk = rollout.step_chunk()
+        kept = {f: t.clone() for f, t in rollout.window_latents.items()}
+        for t in rollout.window_latents.values():
+            assert t.untyped_storage().nbytes() == t.nbytes
+        chunk.latents.zero_()
+        assert all(torch.equal(rollout.window_latents[f], t) for f, t in kept.items())
+
+    def test_stats(self, model: CausalWanTransformer3DModel) -> None:
+        rollout = build_rollout(f"int8,{WINDOW}", transformer=model, vae=build_vae())
+        chunk = rollout.step_chunk()
+        stats = chunk.stats
+        assert min(stats.denoise_s, stats.commit_s, stats.decode_s) > 0
+        assert stats.bytes_per_frame * 6 + 2 * 2 * 24 * 4 == stats.kv_bytes
+        assert (stats.resident_frames, stats.pages_read, stats.lossy_pages_read) == (3, 0, 0)
+        second = rollout.step_chunk().stats
+        assert second.pages_read == second.lossy_pages_read == 3 * 3 * 2
+
+
+class TestInputs:
+    @pytest.mark.parametrize("seed", [-1, 2**64, 1.5, "7", None])
+    def test_seeds(self, model: CausalWanTransformer3DModel, seed: object) -> None:
+        with pytest.raises(InputError, match="seed"):
+            build_rollout(transformer=model, text=build_text(model), seeds=[seed])  # type: ignore[list-item]
+
+    def test_no_seed(self, model: CausalWanTransformer3DModel) -> None:
+        with pytest.raises(InputError, match="at least one seed"):
+            build_rollout(transformer=model, text=build_text(model), seeds=[])
+
+    def test_largest_seed(self, model: CausalWanTransformer3DModel) -> None:
+        build_rollout(transformer=model, seeds=[2**64 - 1]).step_chunk()
+
+    def test_a_window_without_room(self, model: CausalWanTransformer3DModel) -> None:
+        with pytest.raises(CacheSpecError, match="at least 5"):
+            build_rollout("fp32,window=4,sink=2", transformer=model)
+
+    @pytest.mark.parametrize("frames", [0, -1, 4])
+    def test_frames_of_a_chunk(self, model: CausalWanTransformer3DModel, frames: int) -> None:
+        rollout = build_rollout(transformer=model)
+        with pytest.raises(CacheStateError, match=f"chunk of {frames} "):
+            rollout.step_chunk(frames)
+        assert same(chunks_of(rollout, 1), chunks_of(build_rollout(transformer=model), 1))
+
+
+class TestState:
+    """In memory; files and other processes are in test_state."""
+
+    @pytest.mark.parametrize("format", FORMATS)
+    @pytest.mark.parametrize("after", [0, 1, 4])
+    def test_restore_goes_on_bit_for_bit(
+        self, model: CausalWanTransformer3DModel, format: str, after: int
+    ) -> None:
+        vae = build_vae()
+
+        def fresh(seed: int = 7) -> Rollout:
+            return build_rollout(f"{format},{WINDOW}", transformer=model, vae=vae, seeds=[seed])
+
+        source = fresh()
+        chunks_of(source, after)
+        tensors, header = source.state()
+        wanted = chunks_of(source, 3)
+        other = fresh(seed=99)
+        chunks_of(other, 2)
+        other.restore(tensors, header)
+        assert other.seeds == (7,)
+        assert same(chunks_of(other, 3), wanted)
+        # the state is good for a second time, and for the rollout that it came from
+        source.restore(tensors, header)
+        assert same(chunks_of(source, 3), wanted)
+
+    def test_holds_the_clean_latents_of_the_window(self, model: CausalWanTransformer3DModel) -> None:
+        rollout = build_rollout(transformer=model)
+        latents = latents_of(rollout, 4)
+        tensors, header = rollout.state()
+        assert header["window_frames"] == [0, 1, 8, 9, 10, 11]
+        assert torch.equal(tensors["window_latents"], latents[:, [0, 1, 8, 9, 10, 11]])
+
+    def test_without_the_decoder_s_part(self, model: CausalWanTransformer3DModel) -> None:
+        source = build_rollout(transformer=model)
+        chunks_of(source, 2)
+        target = build_rollout(transformer=model, vae=build_vae())
+        with pytest.raises(StateError, match="without a decoder"):
+            target.restore(*source.state())
+        wanted = chunks_of(build_rollout(transformer=model, vae=build_vae()), 1)
+        assert same(chunks_of(target, 1), wanted)
