@@ -52,26 +52,37 @@ def file_shapes(path: Path) -> Shapes:
 
 
 def model_shapes(build: type[nn.Module], config: Mapping[str, object]) -> Shapes:
-    """Names and shapes that a diffusers model of this configuration has; no memory is allocated."""
+    """Names and shapes that a model of this configuration has; no memory is allocated.
+
+    Args:
+        build: a model class of diffusers or transformers.
+    """
     with init_empty_weights():
-        model = build.from_config(dict(config))  # type: ignore[attr-defined]
+        if hasattr(build, "from_config"):
+            model = build.from_config(dict(config))
+        else:
+            model = build(build.config_class.from_dict(dict(config)))  # type: ignore[attr-defined]
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def verify(folder: Path, build: type[nn.Module]) -> None:
-    """Compare `config.json` and the weights of a diffusers model folder.
+    """Compare `config.json` and the weights of a model folder of diffusers or transformers.
 
     Raises:
         CheckpointError: naming the first tensor that is missing, unexpected or of another shape.
     """
     config = read_json(folder / "config.json")
-    path = folder / "diffusion_pytorch_model.safetensors"
+    tied = getattr(build, "_tied_weights_keys", None) or ()
+    path = folder / ("diffusion_pytorch_model" if hasattr(build, "from_config") else "model")
+    path = path.with_suffix(".safetensors")
     found = file_shapes(path)
     try:
         wanted = model_shapes(build, config)
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder / 'config.json'} describes no {build.__name__}: {error}") from None
     for name, shape in wanted.items():
+        if name not in found and name in tied:
+            continue
         if name not in found:
             raise CheckpointError(f"{path} lacks the tensor {name} {shape} that its configuration asks for")
         if found[name] != shape:

@@ -137,9 +137,13 @@ def canonical_prompt(grammar: str | None) -> Callable[[str], str]:
     """
     if grammar is None:
         return _free_text
+    from vidkv.errors import InputError
     from vidkv.models.bounce.prompts import WORLDS, parse
 
-    world = WORLDS[grammar.removeprefix("bounce:")]
+    world = WORLDS.get(grammar.removeprefix("bounce:"))
+    if world is None:
+        known = ", ".join(f"bounce:{name}" for name in WORLDS)
+        raise InputError(f"prompt_grammar={grammar!r} is unknown; there are {known}")
     return lambda text: parse(text, world).text()
 
 

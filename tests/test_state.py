@@ -86,7 +86,7 @@ class TestAnotherProcess:
                 for i in range(2):
                     chunk = rollout.step_chunk()
                     found[f"{{job}}.latents.{{i}}"] = chunk.latents
-                    found[f"{{job}}.frames.{{i}}"] = chunk.frames
+                    found[f"{{job}}.frames.{{i}}"] = chunk.frames.contiguous()
             save_file(found, folder / "found.safetensors")
         """
         subprocess.run(

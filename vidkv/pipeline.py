@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,6 +90,10 @@ class CausalVideoPipeline(DiffusionPipeline):
             sampler=sampler,
             prompt_grammar=prompt_grammar,
         )
+        if model not in MODELS:
+            raise InputError(f"model {model!r} is unknown; the registry has {', '.join(MODELS)}")
+        # settings that cannot be used are refused now, not in the middle of a video
+        canonical_prompt(prompt_grammar), self.schedule
 
     @classmethod
     def from_pretrained(cls, model: str | Path = "bounce", **kwargs: Any) -> CausalVideoPipeline:
@@ -104,7 +110,9 @@ class CausalVideoPipeline(DiffusionPipeline):
         folder = find_model(model)
         verify(folder / "transformer", CausalWanTransformer3DModel)
         verify(folder / "vae", AutoencoderKLWan)
-        kwargs.setdefault("dtype", torch.float32)
+        verify(folder / "text_encoder", UMT5EncoderModel)
+        read_json(folder / "tokenizer" / "tokenizer_config.json")
+        kwargs.setdefault("dtype", kwargs.pop("torch_dtype", torch.float32))
         kwargs.setdefault("local_files_only", True)
         try:
             pipe: CausalVideoPipeline = super().from_pretrained(str(folder), **kwargs)
@@ -183,7 +191,11 @@ class CausalVideoPipeline(DiffusionPipeline):
         """
         if output_type not in ("np", "pt", "pil", "latent"):
             raise InputError(f"output_type={output_type!r}; choose np, pt, pil or latent")
-        on_step = self._diffusers_callback(callback_on_step_end) if callback_on_step_end else None
+        if num_frames is None:
+            raise InputError("num_frames is missing; a video without an end is for stream()")
+        on_step = None
+        if callback_on_step_end:
+            on_step = self._diffusers_callback(callback_on_step_end, self._schedule(num_inference_steps))
         chunks = list(
             self.stream(
                 prompt, height, width, num_frames=num_frames, num_inference_steps=num_inference_steps,
@@ -241,14 +253,11 @@ class CausalVideoPipeline(DiffusionPipeline):
         """A rollout without a prompt yet; batch element i has seed `seed + i`, or `seeds[i]`."""
         entry = self.entry
         rows, columns = latent_size(entry, *pixel_size(entry, height, width))
-        schedule = self.schedule
-        if num_inference_steps is not None:
-            schedule = schedule.with_steps(num_inference_steps)
         return Rollout(
             self.transformer,
             TextContext([], []),
             self._spec(cache),
-            schedule,
+            self._schedule(num_inference_steps),
             (self.transformer.config.in_channels, rows, columns),
             [seed + i for i in range(batch)] if seeds is None else seeds,
             entry.chunk_frames,
@@ -302,13 +311,14 @@ class CausalVideoPipeline(DiffusionPipeline):
             return self.default_cache()
         return CacheSpec.parse(cache) if isinstance(cache, str) else cache
 
-    def _diffusers_callback(self, callback: Callable[..., Any]) -> OnStep:
-        counter = iter(range(2**62))
-        schedule = self.schedule
+    def _schedule(self, num_inference_steps: int | None) -> FlowSchedule:
+        return self.schedule if num_inference_steps is None else self.schedule.with_steps(num_inference_steps)
+
+    def _diffusers_callback(self, callback: Callable[..., Any], schedule: FlowSchedule) -> OnStep:
+        counter = itertools.count()
 
         def on_step(chunk: int, step: int) -> None:
-            sigmas = schedule.sigmas(chunk)
-            callback(self, next(counter), round(1000 * sigmas[min(step, len(sigmas) - 1)]), {})
+            callback(self, next(counter), round(1000 * schedule.sigmas(chunk)[step]), {})
 
         return on_step
 
@@ -387,14 +397,18 @@ def _batch(embeds: Tensor | None) -> int:
 def _seed(seed: int | None, generator: torch.Generator | None) -> int:
     if seed is not None and generator is not None:
         raise InputError("give either seed or generator, not both")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise InputError(f"generator is a {type(generator).__name__}; give one torch.Generator, or a seed")
+    if seed is not None and not isinstance(seed, Integral):
+        raise InputError(f"seed={seed!r}: give a whole number")
     if generator is not None:
         return generator.initial_seed() % 2**63
     return 0 if seed is None else seed
 
 
 def _check_latents(latents: Tensor | None, num_frames: int | None, rollout: Rollout) -> None:
-    if num_frames is not None and num_frames < 1:
-        raise InputError(f"num_frames={num_frames}: give at least 1")
+    if num_frames is not None and (not isinstance(num_frames, Integral) or num_frames < 1):
+        raise InputError(f"num_frames={num_frames!r}: give a whole number, at least 1")
     if latents is None:
         return
     if num_frames is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from numbers import Real
 
 from vidkv.errors import PromptError
@@ -47,7 +48,7 @@ class PromptSchedule:
             if not math.isfinite(second) or second < 0:
                 raise PromptError(f"prompt at second {second}: seconds must be finite and not negative")
         entries.sort(key=lambda entry: entry[0])
-        repeated = next((a[0] for a, b in zip(entries, entries[1:], strict=False) if a[0] == b[0]), None)
+        repeated = next((a[0] for a, b in pairwise(entries) if a[0] == b[0]), None)
         if repeated is not None:
             raise PromptError(f"two prompts at second {repeated:g}; give each a second of its own")
         if entries[0][0] > 0:

@@ -229,9 +229,11 @@ class Rollout:
         if self.decoder and not _under("decoder.", tensors):
             raise StateError("the state was saved without a decoder; restore it into a rollout without one")
         chunk, seeds, frames = header["chunk"], tuple(header["seeds"]), header["window_frames"]
-        schedule = FlowSchedule(
-            **{name: tuple(v) if isinstance(v, list) else v for name, v in header["schedule"].items()}
-        )
+        levels: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in header["schedule"].items()
+        }
+        schedule = FlowSchedule(**levels)
         kept = tensors["window_latents"].to(self.device, copy=True).unbind(1) if frames else ()
         window_latents = dict(zip(frames, kept, strict=True))
         self.cache.restore(_under("cache.", tensors), header["cache"])

@@ -298,7 +298,7 @@ def render(scenes: Scenes, path: Trajectory, start: int = 0, stop: int | None = 
 
 
 def _distance(dx: Tensor, dy: Tensor, radius: Tensor, shape: Tensor) -> Tensor:
-    """Signed distance to the outline, negative inside; areas are 3.14, 2.96 and 2.00 r² for circle, square, triangle."""
+    """Signed distance to the outline, negative inside; areas are 3.14 r², 2.96 r² and 2.00 r²."""
     circle = (dx.square() + dy.square()).sqrt() - radius
     square = torch.maximum(dx.abs(), dy.abs()) - 0.86 * radius
     side = 0.866 * dx.abs() - 0.5 * dy
