@@ -43,7 +43,8 @@ def test_declared_packages_exist(package: str) -> None:
 
 @pytest.mark.parametrize("root", ["vidkv", "apps", "kernels", "models"])
 def test_folders_with_modules_are_declared(root: str) -> None:
-    folders = {path.parent for path in files(ROOT / root) if path.suffix == ".py"}
+    # examples are run from a checkout, not imported from an installation
+    folders = {path.parent for path in files(ROOT / root) if path.suffix == ".py"} - {ROOT / "apps/examples"}
     assert {str(f.relative_to(ROOT)) for f in folders - FOLDERS.keys()} == set()
 
 

@@ -156,8 +156,10 @@ def _decoder_bytes(entry: ModelEntry, height: int, width: int) -> int:
     stride = spatial_stride(entry)
     rows, columns, elements = height // stride, width // stride, 0
     for module in decoder.modules():
-        if isinstance(module, WanCausalConv3d) and module.kernel_size[0] == 3:
-            elements += 2 * module.in_channels * rows * columns
         if isinstance(module, WanResample):
             rows, columns = min(2 * rows, height // patch), min(2 * columns, width // patch)
+        if isinstance(module, WanCausalConv3d) and module.kernel_size[0] == 3:
+            # the resampler's own convolution, over time alone, runs before it enlarges
+            before = 4 if module.kernel_size[1] == 1 else 1
+            elements += 2 * module.in_channels * rows * columns // before
     return elements

@@ -289,7 +289,10 @@ class CausalVideoPipeline(DiffusionPipeline):
         latents: Tensor | None, on_step: OnStep | None,
     ) -> Iterator[Chunk]:  # fmt: skip
         shown, texts = 0, None
-        bar = self.progress_bar(total=chunks_for(num_frames, rollout.chunk_frames) if num_frames else None)
+        # tqdm takes infinity for unknown; diffusers takes None for a mistake
+        bar = self.progress_bar(
+            total=chunks_for(num_frames, rollout.chunk_frames) if num_frames else math.inf
+        )
         with bar:
             while num_frames is None or shown < num_frames:
                 wanted = [schedule.at(self.chunk_second(rollout.chunk)) for schedule in prompts]
