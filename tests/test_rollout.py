@@ -248,7 +248,7 @@ class TestAppend:
 
 
 class TestInterruptions:
-    @pytest.mark.parametrize("format", FORMATS)
+    @pytest.mark.parametrize("format", [FORMATS[0], FORMATS[3]])
     @pytest.mark.parametrize("at", [(0, 0), (0, 1), (2, 0), (3, 1)], ids=str)
     def test_cancelled_between_steps(
         self, model: CausalWanTransformer3DModel, format: str, at: tuple[int, int]
