@@ -25,20 +25,12 @@ from vidkv.attention import BlockCausalAttention
 from vidkv.cache import CacheSpec
 from vidkv.models.bounce.prompts import World
 from vidkv.models.bounce.text import build_text_encoder
+from vidkv.models.registry import BOUNCE
 from vidkv.models.text import embed
 from vidkv.models.wan import CausalWanTransformer3DModel, TextContext
 from vidkv.rollout import Rollout
 from vidkv.schedule import FlowSchedule
 
-CONFIG = {
-    "num_attention_heads": 4,
-    "attention_head_dim": 64,
-    "in_channels": 16,
-    "out_channels": 16,
-    "text_dim": 64,
-    "ffn_dim": 704,
-    "num_layers": 6,
-}
 FRAMES = 42
 GRID = 4
 SPEC = CacheSpec(window=21, sink=3)
@@ -56,7 +48,7 @@ class Student(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.transformer = CausalWanTransformer3DModel(**CONFIG)
+        self.transformer = CausalWanTransformer3DModel(**BOUNCE.transformer)
         self.text_encoder = build_text_encoder()
         for block in self.transformer.blocks:
             nn.init.zeros_(block.scale_shift_table)

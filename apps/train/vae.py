@@ -13,21 +13,9 @@ from torch import Tensor
 
 from vidkv.apps.train.common import Progress, Stage
 from vidkv.models.bounce.world import Scenes, Trajectory, render, sample_scenes, simulate
+from vidkv.models.registry import BOUNCE
 from vidkv.models.vae import decode_clip, encode_clip
 
-CONFIG = {
-    "base_dim": 16,
-    "z_dim": 16,
-    "dim_mult": [1, 2, 4],
-    "num_res_blocks": 1,
-    "attn_scales": [],
-    "temperal_downsample": [True, True],
-    "patch_size": 2,
-    "in_channels": 12,
-    "out_channels": 12,
-    "scale_factor_temporal": 4,
-    "scale_factor_spatial": 8,
-}
 KL_WEIGHT = 3e-5
 POOL_FRAMES = 140
 
@@ -62,7 +50,7 @@ def as_video(frames: Tensor) -> Tensor:
 
 
 def build() -> AutoencoderKLWan:
-    return AutoencoderKLWan(**CONFIG)
+    return AutoencoderKLWan(**BOUNCE.vae)
 
 
 def train(

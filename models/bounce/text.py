@@ -6,8 +6,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from vidkv.models.bounce.prompts import VOCABULARY
-
-MAX_TOKENS = 32
+from vidkv.models.registry import BOUNCE
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -21,21 +20,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         eos_token="</s>",
         unk_token="<unk>",
-        model_max_length=MAX_TOKENS,
+        model_max_length=BOUNCE.text_tokens,
     )
 
 
 def build_text_encoder() -> UMT5EncoderModel:
     """A two-layer umT5 encoder of width 64 with random weights."""
-    return UMT5EncoderModel(
-        UMT5Config(
-            vocab_size=len(VOCABULARY),
-            d_model=64,
-            d_kv=16,
-            d_ff=128,
-            num_layers=2,
-            num_heads=4,
-            dropout_rate=0.0,
-            feed_forward_proj="gated-gelu",
-        )
-    )
+    return UMT5EncoderModel(UMT5Config(**BOUNCE.text))
