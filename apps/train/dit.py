@@ -235,9 +235,15 @@ class Trainer:
 
     @torch.no_grad()
     def roll_out(
-        self, student: Student, latents: Tensor, ids: Tensor, mask: Tensor, event_frame: Tensor
+        self,
+        student: Student,
+        latents: Tensor,
+        ids: Tensor,
+        mask: Tensor,
+        event_frame: Tensor,
+        prefix: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Continue true prefixes of random length with the model, through the KV cache.
+        """Continue true prefixes of `prefix` (by default one to three) chunks through the KV cache.
 
         Returns:
             history (b, f, c, h, w); weight (b, f), small where the rollout has left the true path, since
@@ -245,7 +251,7 @@ class Trainer:
         """
         b, frames = latents.shape[:2]
         seeds = torch.randint(2**31, (b,)).tolist()
-        prefix = int(torch.randint(1, 4, (1,)))
+        prefix = prefix or int(torch.randint(1, 4, (1,)))
         before, after = student.prompt(ids[:, 0], mask[:, 0]), student.prompt(ids[:, 1], mask[:, 1])
         size = (latents.shape[2], latents.shape[3], latents.shape[4])
         rollout = Rollout(student.transformer, before, SPEC, SCHEDULE, size, seeds, CHUNK)
