@@ -261,20 +261,22 @@ def _say(message: str) -> None:
     print(f"vidkv: {message}", file=sys.stderr)
 
 
-def _quieten() -> None:
+def _prepare() -> None:
     """Libraries' bars and notices would drown the progress line; errors still come through."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
+    # beside other work, threads that spin at OpenMP's barriers cost most of the speed
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.getLogger().setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
 
 
 def main() -> None:
     """Console script."""
-    _quieten()
+    _prepare()
     try:
         code = app(standalone_mode=False)
     except click.ClickException as error:
