@@ -182,6 +182,8 @@ def whole_clip(vae: AutoencoderKLWan) -> Iterator[None]:
     The same function as streaming (up to rounding), for training and for encoding many clips: a fifth
     of the kernel launches for 17 frames, and memory that grows with the clip.
     """
+    if vae.config.is_residual:
+        raise ValueError("Wan 2.2's residual VAE has no whole-clip pass; decode it with StreamingDecoder")
     patched = [m for m in vae.modules() if isinstance(m, WanCausalConv3d | WanResample)]
     for module in patched:
         convolution = isinstance(module, WanCausalConv3d)

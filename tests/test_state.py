@@ -153,6 +153,17 @@ class TestFile:
         assert rollout.chunk == 3
         assert os.listdir(tmp_path) == ["rollout.safetensors"]
 
+    def test_a_reader_never_sees_half_a_file(
+        self, tmp_path: Path, model: CausalWanTransformer3DModel
+    ) -> None:
+        """Whoever has the old file open goes on reading the old file."""
+        path = saved(tmp_path, model, chunks=1)
+        before = path.read_bytes()
+        with path.open("rb") as reader:
+            saved(tmp_path, model, chunks=3)
+            assert reader.read() == before
+        assert path.read_bytes() != before
+
     @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("disk full")])
     def test_a_failed_write_leaves_the_old_file(
         self,

@@ -29,11 +29,17 @@ VAES: dict[str, dict[str, Any]] = {
     "one time step per latent": {"temperal_downsample": [False, False], "scale_factor_temporal": 1},
     "wider below": {"dim_mult": [1, 2, 2], "num_res_blocks": 2},
 }
+RESIDUAL = {"residual, Wan 2.2": {"is_residual": True, "decoder_base_dim": 4}}
 HEIGHT, WIDTH = 2, 3
 
 
-@pytest.fixture(params=VAES)
+@pytest.fixture(params=VAES | RESIDUAL)
 def vae(request: pytest.FixtureRequest) -> AutoencoderKLWan:
+    return build_vae(**(VAES | RESIDUAL)[request.param])
+
+
+@pytest.fixture(params=VAES)
+def plain_vae(request: pytest.FixtureRequest) -> AutoencoderKLWan:
     return build_vae(**VAES[request.param])
 
 
@@ -78,14 +84,16 @@ class TestDecode:
         singles = torch.cat([one.feed(latents[:, i : i + 1]) for i in range(6)], 1)
         assert torch.equal(singles, torch.cat([three.feed(part) for part in latents.split(3, 1)], 1))
 
-    def test_whole_clip(self, vae: AutoencoderKLWan) -> None:
+    def test_whole_clip(self, plain_vae: AutoencoderKLWan) -> None:
+        vae = plain_vae
         latents = latents_for(5)
         with torch.no_grad():
             found = decode_clip(vae, rearrange(latents, "b f c h w -> b c f h w"))
         assert relative_l2(found.clamp(-1, 1), stock_decode(vae, latents)) <= 1e-5
 
     @pytest.mark.parametrize("frames", [1, 2])
-    def test_whole_clip_of_few_frames(self, vae: AutoencoderKLWan, frames: int) -> None:
+    def test_whole_clip_of_few_frames(self, plain_vae: AutoencoderKLWan, frames: int) -> None:
+        vae = plain_vae
         latents = latents_for(frames)
         with torch.no_grad():
             found = decode_clip(vae, rearrange(latents, "b f c h w -> b c f h w"))
@@ -203,8 +211,16 @@ class TestEncode:
         assert found.shape == (2, 2 * CHANNELS, latent_frames, HEIGHT, WIDTH)
         assert relative_l2(found, wanted) <= 1e-5
 
-    def test_the_patches_are_undone(self, vae: AutoencoderKLWan) -> None:
-        """Within the context and after it the model is diffusers' again."""
+    def test_residual_vaes_have_no_whole_clip_pass(self) -> None:
+        vae = build_vae(**RESIDUAL["residual, Wan 2.2"])
+        with pytest.raises(ValueError, match="StreamingDecoder"):
+            decode_clip(vae, rearrange(latents_for(2), "b f c h w -> b c f h w"))
+        with pytest.raises(ValueError, match="StreamingDecoder"):
+            encode_clip(vae, noise(1, 3, 5, 16, 24))
+
+    def test_the_patches_are_undone(self, plain_vae: AutoencoderKLWan) -> None:
+        """After the context, however it ends, the model is diffusers' again."""
+        vae = plain_vae
         before = stock_decode(vae, latents_for(2))
         forwards = {name: module.forward for name, module in vae.named_modules()}
         with pytest.raises(KeyError), whole_clip(vae):
