@@ -140,14 +140,16 @@ def pixel_frames(latent_frames: int, temporal_scale: int = 4) -> int:
 
 
 def _convolve(conv: WanCausalConv3d, x: Tensor) -> Tensor:
-    """A causal 3-D convolution as one 2-D convolution over stacked time taps.
+    """A causal 3-D convolution; on a CPU as one 2-D convolution over stacked time taps.
 
-    Equal up to rounding; cuDNN and oneDNN have far better 2-D than 3-D kernels at few channels.
+    Equal up to rounding; oneDNN has far better 2-D than 3-D kernels at few channels, cuDNN has not.
     """
     taps, stride = conv.kernel_size[0], conv.stride[0]
     pad_w, _, pad_h, _, pad_t, _ = conv._padding
     if pad_t:
         x = F.pad(x, (0, 0, 0, 0, pad_t, 0))
+    if x.is_cuda:
+        return F.conv3d(x, conv.weight, conv.bias, conv.stride, (0, pad_h, pad_w))
     b, _, f, _, _ = x.shape
     stacked = torch.cat([x[:, :, k : f - taps + 1 + k : stride] for k in range(taps)], 1)
     out = F.conv2d(

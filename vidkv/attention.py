@@ -57,7 +57,8 @@ class BlockCausalAttention:
     The layout of the cache is run over the chunk schedule on the host; the frames it would read for each
     chunk become one index table. So training sees sinks, window and positions exactly as a rollout does.
     Keys are rotated once per (frame, position) that occurs, in coordinates in which a chunk stands at its
-    true frame index, and then gathered.
+    true frame index, and then gathered (`index_select`, whose gradient is far cheaper on a GPU than that
+    of indexing).
 
     With `clean_history` the clip is given twice along the frame axis, clean frames first and noisy ones
     after: clean chunks read clean history and themselves, noisy chunks read clean history and
@@ -98,8 +99,9 @@ class BlockCausalAttention:
             key_valid[row, : len(wanted)] = True
         self.bank_frames = torch.tensor([frame for frame, _ in bank], device=device)
         self.bank_positions = torch.tensor([position for _, position in bank], device=device)
-        self.query_frames = queries.clamp_min(0).to(device)
-        self.query_positions = self.query_frames.flatten() % frames
+        self.rows, self.longest = queries.shape
+        self.query_index = queries.clamp_min(0).flatten().to(device)
+        self.query_positions = self.query_index % frames
         self.key_index = key_index.flatten().to(device)
         self.value_index = self.bank_frames[self.key_index]
         self.key_mask = key_valid.repeat_interleave(height * width, 1)[:, None, None].to(device)
@@ -112,15 +114,15 @@ class BlockCausalAttention:
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         b = q.shape[0]
-        rows, longest = self.query_frames.shape
+        rows, longest = self.rows, self.longest
         query_phases, bank_phases, spatial = self._turns(q)
-        q = rotate_full(q[:, self.query_frames.flatten()], query_phases, spatial)
-        k = rotate_full(k[:, self.bank_frames], bank_phases, spatial)[:, self.key_index]
-        v = v[:, self.value_index]
+        q = rotate_full(q.index_select(1, self.query_index), query_phases, spatial)
+        k = rotate_full(k.index_select(1, self.bank_frames), bank_phases, spatial)
+        k, v = k.index_select(1, self.key_index), v.index_select(1, self.value_index)
         q, k, v = (rearrange(x, "b (r f) s n d -> (b r) n (f s) d", r=rows) for x in (q, k, v))
         mask = self.key_mask.expand(-1, 1, longest * self.height * self.width, -1).repeat(b, 1, 1, 1)
         out = rearrange(attend(q, k, v, mask), "(b r) n (f s) d -> b (r f) s n d", r=rows, f=longest)
-        return out[:, self.restore_order]
+        return out.index_select(1, self.restore_order)
 
     def _turns(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Phases of queries, of the key bank, and of the grid; made once per head size and precision."""

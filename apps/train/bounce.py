@@ -30,7 +30,7 @@ class Recipe:
         vae_batch: clips of 17 frames per VAE step.
         batch: whole clips per transformer step.
         clips, openings: whole clips and first chunks drawn before the transformer's first step.
-        refresh: whole clips renewed every 10 steps.
+        refresh: whole clips renewed every 100 steps.
         shares: of the minutes, for VAE, diffusion forcing, teacher forcing on half clips, on whole
             clips, and self-rollout; a stage with no share is left out.
         peaks: highest learning rate of each.
@@ -87,7 +87,7 @@ def train(out: Path, world: str, recipe: str, minutes: float, init: Path | None)
         )
     trainer = Trainer(
         out, accelerator, vae, WORLDS[world], settings.clips, settings.openings, settings.batch,
-        settings.refresh, grow=4 * settings.clips, init=init,
+        settings.refresh, init=init,
     )  # fmt: skip
     half = FRAMES // 2
     plans = (

@@ -41,6 +41,8 @@ SCHEDULE = FlowSchedule(
     sampler="euler",
 )
 HISTORY_NOISE = 0.12
+MOST_DRIFT = 0.4
+REFRESH_STEPS = 100
 
 
 class Student(nn.Module):
@@ -110,19 +112,23 @@ def diffusion_forcing(
 
 def given_history(
     student: Student, attention: BlockCausalAttention, chunks: Sequence[int],
-    latents: Tensor, ids: Tensor, mask: Tensor, event_frame: Tensor,
+    latents: Tensor, ids: Tensor, mask: Tensor, event_frame: Tensor, impostor: Tensor,
     history: Tensor | None = None, weight: Tensor | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Denoise every chunk given finished history at timestep 0: teacher forcing, or self-rollout.
 
     Args:
+        impostor: the clip with other colours, shapes and sizes, into which history drifts.
         history: what to read instead of the clip itself, (b, f, c, h, w).
         weight: (b, f) of each frame in the loss.
     """
     frames = sum(chunks)
     latents = latents[:, :frames]
     b, device = latents.shape[0], latents.device
-    seen = latents if history is None else history[:, :frames]
+    if history is None:
+        seen = torch.lerp(latents, impostor[:, :frames], _drift(b, chunks, device))
+    else:
+        seen = history[:, :frames]
     seen_levels = _expand(HISTORY_NOISE * torch.rand(b, len(chunks), device=device).square(), chunks)
     seen, _ = _mix(seen, seen_levels)
     levels = _expand(noise_levels((b, len(chunks)), device), chunks)
@@ -136,6 +142,19 @@ def given_history(
         return {"loss": error.mean()}
     weight = weight[:, :frames]
     return {"loss": (error * weight).sum() / weight.sum().clamp_min(1.0)}
+
+
+def _drift(batch: int, chunks: Sequence[int], device: torch.device) -> Tensor:
+    """How far each frame of the history has drifted from itself, (b, f, 1, 1, 1).
+
+    Independent noise on history averages out over a window; what goes wrong in a long rollout does not:
+    hue and outline walk away and stay away. So half of the clips remember what follows the first chunk
+    as a mixture with an impostor, and learn to hold on to the first chunk and the prompt.
+    """
+    most = MOST_DRIFT * torch.rand(batch, 1, device=device) * (torch.rand(batch, 1, device=device) < 0.5)
+    share = most * (0.5 + 0.5 * torch.rand(batch, len(chunks), device=device))
+    share[:, 0] = 0
+    return _expand(share, chunks)[:, :, None, None, None]
 
 
 @dataclass(frozen=True)
@@ -180,24 +199,23 @@ class Trainer:
         world: how much variety.
         clips, openings: how many whole clips and first chunks to draw before the first step.
         batch: whole clips per step.
-        refresh: whole clips drawn anew after every 10 steps.
-        grow: keep old clips until there are this many.
+        refresh: how many of the whole clips are replaced after every REFRESH_STEPS steps.
         init: a pipeline folder whose transformer and text encoder to start from.
     """
 
     def __init__(
         self, folder: Path, accelerator: Accelerator, vae: AutoencoderKLWan, world: World, clips: int,
-        openings: int, batch: int, refresh: int, grow: int = 0, init: Path | None = None, seed: int = 2,
+        openings: int, batch: int, refresh: int, init: Path | None = None, seed: int = 2,
     ) -> None:  # fmt: skip
         torch.manual_seed(seed)
         self.folder, self.accelerator, self.batch = folder, accelerator, batch
-        self.refresh, self.grow, self.world = refresh, grow, world
+        self.refresh, self.world = refresh, world
         self.vae = vae.to(accelerator.device).requires_grad_(False).eval()
         self.generator = torch.Generator(accelerator.device).manual_seed(seed)
         self.student = load_parts(init) if init else Student()
         self.clips = self._draw(clips, FRAMES)
         self.openings = self._draw(openings, CHUNK)
-        self.next_fresh = 0
+        self.replaced = 0
 
     def run(self, name: str, cycle: Sequence[Lesson], steps: int, minutes: float | None, peak: float) -> None:
         """Diffusion or teacher forcing, as the lessons say."""
@@ -206,12 +224,15 @@ class Trainer:
         for step in stage.progress:
             lesson = cycle[step % len(cycle)]
             pool = self.openings if lesson.openings else self.clips
-            latents, ids, mask, event_frame = pool.pick(self._index(pool, lesson.batch))
+            latents, ids, mask, event_frame, impostor = pool.pick(self._index(pool, lesson.batch))
             if lesson.chunks[0] != CHUNK:
                 event_frame = torch.full_like(event_frame, FRAMES)
-            loss = given_history if lesson.history else diffusion_forcing
+            inputs = (latents, ids, mask, event_frame)
+            loss, inputs = (
+                (given_history, (*inputs, impostor)) if lesson.history else (diffusion_forcing, inputs)
+            )
             losses = partial(loss, stage.raw, attention[lesson], lesson.chunks)
-            values = stage.update(lesson.name, losses, latents, ids, mask, event_frame)
+            values = stage.update(lesson.name, losses, *inputs)
             self._log(stage, lesson.name, values)
         self._finish(stage)
 
@@ -223,12 +244,12 @@ class Trainer:
         lesson = Lesson(f"self{frames}", (CHUNK,) * (frames // CHUNK), self.batch, history=True)
         losses = partial(given_history, stage.raw, self._attention(lesson), lesson.chunks)
         while stage.progress.fraction < 1:
-            inputs = self.clips.pick(self._index(self.clips, self.batch * reuse))
-            inputs = (inputs[0][:, :frames], *inputs[1:])
+            latents, *others = self.clips.pick(self._index(self.clips, self.batch * reuse))
+            latents = latents[:, :frames]
             actor = copy.deepcopy(stage.raw).to(torch.bfloat16 if stage.on_gpu else torch.float32)
-            history, weight, drift = self.roll_out(actor, *inputs)
+            history, weight, drift = self.roll_out(actor, latents, *others[:3])
             for part in torch.randperm(self.batch * reuse, device=history.device).split(self.batch):
-                batch = [tensor[part] for tensor in (*inputs, history, weight)]
+                batch = [tensor[part] for tensor in (latents, *others, history, weight)]
                 self._log(stage, lesson.name, stage.update(lesson.name, losses, *batch) | {"drift": drift})
                 stage.progress.step += 1
         self._finish(stage)
@@ -272,7 +293,9 @@ class Trainer:
         return history, weight.repeat_interleave(CHUNK, 1), distance.mean()
 
     def _draw(self, number: int, frames: int) -> Clips:
-        return draw_clips(self.vae, number, frames, self.generator, self.world)
+        return draw_clips(
+            self.vae, number, frames, self.generator, self.world, impostors=frames > CHUNK
+        )
 
     def _index(self, pool: Clips, number: int) -> Tensor:
         return torch.randint(len(pool), (number,), generator=self.generator, device=self.generator.device)
@@ -287,19 +310,12 @@ class Trainer:
         step = stage.progress.step
         if step % 50 < 2:
             stage.log(lesson=lesson, **values)
-        if step % 10 == 9 and self.refresh:
-            self._renew()
+        if self.refresh and step % REFRESH_STEPS == REFRESH_STEPS - 1:
+            start = self.replaced % len(self.clips)
+            self.clips.replace(start, self._draw(min(self.refresh, len(self.clips) - start), FRAMES))
+            self.replaced += self.refresh
         if step % 1000 == 999:
             stage.save()
-
-    def _renew(self) -> None:
-        fresh = self._draw(self.refresh, FRAMES)
-        if len(self.clips) < self.grow:
-            self.clips.append(fresh)
-            return
-        self.next_fresh = self.next_fresh if self.next_fresh + self.refresh <= len(self.clips) else 0
-        self.clips.replace(self.next_fresh, fresh)
-        self.next_fresh += self.refresh
 
     def _finish(self, stage: Stage[Student]) -> None:
         stage.save()

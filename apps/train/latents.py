@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
@@ -10,9 +10,9 @@ from einops import rearrange
 from torch import Tensor
 
 from vidkv.apps.train.vae import as_video
-from vidkv.models.bounce.prompts import ScenePrompt, World
+from vidkv.models.bounce.prompts import SHAPES, ScenePrompt, World
 from vidkv.models.bounce.text import build_tokenizer
-from vidkv.models.bounce.world import Trajectory, render, sample_scenes, simulate
+from vidkv.models.bounce.world import Scenes, Trajectory, render, sample_scenes, simulate
 from vidkv.models.text import tokenize
 from vidkv.models.vae import encode_clip, normalise, pixel_frames
 
@@ -27,30 +27,30 @@ class Clips:
         latents: (n, frames, 16, 8, 8) float16, normalised.
         ids, mask: (n, 2, tokens): the prompt before and after the event (twice the same without one).
         event_frame: (n,) first latent frame under the second prompt; the number of frames without one.
+        impostor: as latents: the same motion with other colours, shapes and sizes. (n, 0, 16, 8, 8) where
+            none were drawn.
     """
 
     latents: Tensor
     ids: Tensor
     mask: Tensor
     event_frame: Tensor
+    impostor: Tensor
 
     def __len__(self) -> int:
         return self.latents.shape[0]
 
-    def pick(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(latents, ids, mask, event_frame) of some clips."""
-        return self.latents[index].float(), self.ids[index], self.mask[index], self.event_frame[index]
-
-    def append(self, other: Clips) -> None:
-        """Add clips."""
-        for name in ("latents", "ids", "mask", "event_frame"):
-            setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
+    def pick(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """(latents, ids, mask, event_frame, impostor) of some clips, latents in float32."""
+        return (
+            self.latents[index].float(), self.ids[index], self.mask[index], self.event_frame[index],
+            self.impostor[index].float(),
+        )  # fmt: skip
 
     def replace(self, start: int, other: Clips) -> None:
         """Overwrite clips from `start` on."""
-        stop = start + len(other)
-        for name in ("latents", "ids", "mask", "event_frame"):
-            getattr(self, name)[start:stop] = getattr(other, name)
+        for field in fields(self):
+            getattr(self, field.name)[start : start + len(other)] = getattr(other, field.name)
 
 
 def draw_clips(
@@ -59,6 +59,7 @@ def draw_clips(
     frames: int,
     generator: torch.Generator,
     world: World,
+    impostors: bool = False,
     batch: int = 64,
 ) -> Clips:
     """Draw, render and encode `number` clips of `frames` latent frames; events where they fit."""
@@ -68,21 +69,41 @@ def draw_clips(
     events = pixel_frames(CHUNK) + 12 * (chunks - 1) if len(chunks) else None
     scenes = sample_scenes(number, generator, event_frames=events, world=world)
     path = simulate(scenes, pixel)
-    latents = []
-    for start in range(0, number, batch):
-        part = slice(start, start + batch)
-        clip = render(scenes[part], Trajectory(path.position[part], path.camera[part]))
-        latents.append(_encode(vae, clip))
+    latents = _encode(vae, scenes, path, batch)
+    impostor = _encode(vae, _disguise(scenes, world, generator), path, batch) if impostors else latents[:, :0]
     ids, mask = _tokens(scenes.prompts(), generator)
     happens = scenes.event_frame >= 0
     event_frame = torch.where(happens, (scenes.event_frame - 9) // 4 + CHUNK, frames)
-    return Clips(torch.cat(latents), ids.to(device), mask.to(device), event_frame)
+    return Clips(latents, ids.to(device), mask.to(device), event_frame, impostor)
+
+
+def _disguise(scenes: Scenes, world: World, generator: torch.Generator) -> Scenes:
+    """The same scenes with other colours, shapes and sizes; trajectories stay as they were."""
+
+    def other(values: Tensor, kinds: int) -> Tensor:
+        step = torch.randint(1, kinds, values.shape, generator=generator, device=values.device)
+        return (values + step) % kinds
+
+    size, device = scenes.radius.shape, scenes.radius.device
+    scale = 0.8 + 0.4 * torch.rand(size, generator=generator, device=device)
+    return replace(
+        scenes,
+        colour=other(scenes.colour, len(world.colours)),
+        event_colour=other(scenes.event_colour, len(world.colours)),
+        shape=other(scenes.shape, len(SHAPES)),
+        radius=scenes.radius * scale,
+    )
 
 
 @torch.no_grad()
-def _encode(vae: AutoencoderKLWan, clip: Tensor) -> Tensor:
-    latents = encode_clip(vae, as_video(clip)).mode()
-    return normalise(vae, rearrange(latents, "b c f h w -> b f c h w")).half()
+def _encode(vae: AutoencoderKLWan, scenes: Scenes, path: Trajectory, batch: int) -> Tensor:
+    parts = []
+    for start in range(0, len(scenes), batch):
+        part = slice(start, start + batch)
+        clip = render(scenes[part], Trajectory(path.position[part], path.camera[part]))
+        latents = encode_clip(vae, as_video(clip)).mode()
+        parts.append(normalise(vae, rearrange(latents, "b c f h w -> b f c h w")).half())
+    return torch.cat(parts)
 
 
 def _tokens(prompts: list[ScenePrompt], generator: torch.Generator) -> tuple[Tensor, Tensor]:
