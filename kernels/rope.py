@@ -57,13 +57,6 @@ def spatial_phases(
 def rotate(x: Tensor, phases: Tensor) -> Tensor:
     """Turn interleaved pairs of the last axis; phases broadcast against (…, pairs). float32 inside."""
     work = x if x.dtype == torch.float64 else x.float()
-    if torch.compiler.is_compiling():
-        # the compiler fuses no complex arithmetic
-        even, odd = work.unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack(
-            [even * phases.real - odd * phases.imag, even * phases.imag + odd * phases.real], -1
-        )
-        return turned.flatten(-2).to(x.dtype)
     pairs = torch.view_as_complex(work.unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * phases).flatten(-2).to(x.dtype)
 

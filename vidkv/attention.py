@@ -19,6 +19,7 @@ from vidkv.cache.layout import Layout, OpenChunk
 from vidkv.cache.spec import CacheGeometry, CacheSpec
 from vidkv.errors import CacheStateError
 from vidkv.kernels.attention import attend, attend_reference, attend_with_lse, merge
+from vidkv.kernels.gather import Gather
 from vidkv.kernels.rope import (
     axis_channels,
     rotate,
@@ -57,8 +58,7 @@ class BlockCausalAttention:
     The layout of the cache is run over the chunk schedule on the host; the frames it would read for each
     chunk become one index table. So training sees sinks, window and positions exactly as a rollout does.
     Keys are rotated once per (frame, position) that occurs, in coordinates in which a chunk stands at its
-    true frame index, and then gathered (`index_select`, whose gradient is far cheaper on a GPU than that
-    of indexing).
+    true frame index, and then gathered.
 
     With `clean_history` the clip is given twice along the frame axis, clean frames first and noisy ones
     after: clean chunks read clean history and themselves, noisy chunks read clean history and
@@ -86,8 +86,7 @@ class BlockCausalAttention:
         rows = copies * len(reads)
         queries = torch.full((rows, longest), -1)
         bank = {(frame, frame % frames): frame for frame in range(copies * frames)}
-        key_index = torch.zeros(rows, keys, dtype=torch.int64)
-        key_valid = torch.zeros(rows, keys, dtype=torch.bool)
+        key_index = torch.full((rows, keys), -1)
         for row in range(rows):
             copy, read = row // len(reads), reads[row % len(reads)]
             own = range(read.start, read.start + read.frames)
@@ -96,33 +95,35 @@ class BlockCausalAttention:
             wanted = [(f, p + shift) for f, p in zip(read.history, read.positions, strict=True)]
             wanted += [(f + copy * frames, f) for f in own]
             key_index[row, : len(wanted)] = torch.tensor([bank.setdefault(w, len(bank)) for w in wanted])
-            key_valid[row, : len(wanted)] = True
-        self.bank_frames = torch.tensor([frame for frame, _ in bank], device=device)
-        self.bank_positions = torch.tensor([position for _, position in bank], device=device)
-        self.rows, self.longest = queries.shape
-        self.query_index = queries.clamp_min(0).flatten().to(device)
-        self.query_positions = self.query_index % frames
-        self.key_index = key_index.flatten().to(device)
-        self.value_index = self.bank_frames[self.key_index]
-        self.key_mask = key_valid.repeat_interleave(height * width, 1)[:, None, None].to(device)
+        self.rows, self.longest = rows, longest
+        positions = torch.tensor([position for _, position in bank])
+        bank_frames = torch.tensor([frame for frame, _ in bank])
         slots = torch.nonzero(queries.flatten() >= 0).flatten()
-        self.restore_order = slots[queries.flatten()[slots].argsort()].to(device)
+        self.queries = Gather(queries.flatten(), copies * frames, device)
+        self.bank = Gather(bank_frames, copies * frames, device)
+        self.keys = Gather(key_index.flatten(), len(bank), device)
+        value_index = torch.where(key_index < 0, -1, bank_frames[key_index])
+        self.values = Gather(value_index.flatten(), copies * frames, device)
+        self.restore = Gather(slots[queries.flatten()[slots].argsort()], queries.numel(), device)
+        self.query_positions = self.queries.index % frames
+        self.bank_positions = positions.to(device)
+        self.key_mask = (key_index >= 0).repeat_interleave(height * width, 1)[:, None, None].to(device)
         self._phases: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor, Tensor]] = {}
 
     def layer(self, index: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         return self._attend
 
+    @torch.compiler.disable
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        b = q.shape[0]
-        rows, longest = self.rows, self.longest
+        b, rows, longest = q.shape[0], self.rows, self.longest
         query_phases, bank_phases, spatial = self._turns(q)
-        q = rotate_full(q.index_select(1, self.query_index), query_phases, spatial)
-        k = rotate_full(k.index_select(1, self.bank_frames), bank_phases, spatial)
-        k, v = k.index_select(1, self.key_index), v.index_select(1, self.value_index)
+        q = rotate_full(self.queries(q), query_phases, spatial)
+        k = self.keys(rotate_full(self.bank(k), bank_phases, spatial))
+        v = self.values(v)
         q, k, v = (rearrange(x, "b (r f) s n d -> (b r) n (f s) d", r=rows) for x in (q, k, v))
         mask = self.key_mask.expand(-1, 1, longest * self.height * self.width, -1).repeat(b, 1, 1, 1)
         out = rearrange(attend(q, k, v, mask), "(b r) n (f s) d -> b (r f) s n d", r=rows, f=longest)
-        return out.index_select(1, self.restore_order)
+        return self.restore(out)
 
     def _turns(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Phases of queries, of the key bank, and of the grid; made once per head size and precision."""

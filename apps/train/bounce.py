@@ -30,7 +30,8 @@ class Recipe:
         vae_batch: clips of 17 frames per VAE step.
         batch: whole clips per transformer step.
         clips, openings: whole clips and first chunks drawn before the transformer's first step.
-        refresh: whole clips renewed every 100 steps.
+        refresh: whole clips renewed every 500 steps.
+        reuse: batches that one self-rollout serves.
         shares: of the minutes, for VAE, diffusion forcing, teacher forcing on half clips, on whole
             clips, and self-rollout; a stage with no share is left out.
         peaks: highest learning rate of each.
@@ -41,13 +42,16 @@ class Recipe:
     clips: int
     openings: int
     refresh: int
+    reuse: int
     shares: tuple[float, float, float, float, float]
     peaks: tuple[float, float, float, float, float]
 
 
 RECIPES = {
-    "gpu": Recipe(16, 64, 16_384, 32_768, 48, (0.2, 0.05, 0.25, 0.3, 0.2), (2e-3, 1.2e-3, 1e-3, 7e-4, 3e-4)),
-    "cpu": Recipe(4, 8, 256, 4096, 4, (0.3, 0.0, 0.5, 0.1, 0.1), (1e-3, 1e-3, 7e-4, 4e-4, 2e-4)),
+    "gpu": Recipe(
+        16, 64, 8192, 65_536, 512, 16, (0.22, 0.08, 0.3, 0.15, 0.25), (1.5e-3, 1.2e-3, 1e-3, 5e-4, 3e-4)
+    ),
+    "cpu": Recipe(4, 8, 512, 4096, 64, 4, (0.3, 0.1, 0.4, 0.1, 0.1), (1e-3, 1e-3, 7e-4, 4e-4, 2e-4)),
 }
 
 
@@ -91,7 +95,7 @@ def train(out: Path, world: str, recipe: str, minutes: float, init: Path | None)
     )  # fmt: skip
     half = FRAMES // 2
     plans = (
-        ("diffusion_forcing", lessons(FRAMES, settings.batch, history=False)),
+        ("diffusion_forcing", lessons(half, settings.batch, history=False)),
         ("teacher_forcing_half", lessons(half, settings.batch, history=True)),
         ("teacher_forcing", lessons(FRAMES, settings.batch, history=True)),
     )
@@ -99,7 +103,7 @@ def train(out: Path, world: str, recipe: str, minutes: float, init: Path | None)
         if share:
             trainer.run(name, cycle, STEPS, share, peak)
     if rest[3]:
-        trainer.run_self_rollout(STEPS, rest[3], settings.peaks[4])
+        trainer.run_self_rollout(STEPS, rest[3], settings.peaks[4], reuse=settings.reuse)
     return {"pipeline": str(assemble(out, trainer, vae, world)), "last": _last_row(out / "curve.jsonl")}
 
 

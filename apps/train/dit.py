@@ -42,7 +42,7 @@ SCHEDULE = FlowSchedule(
 )
 HISTORY_NOISE = 0.12
 MOST_DRIFT = 0.4
-REFRESH_STEPS = 100
+REFRESH_STEPS = 500
 
 
 class Student(nn.Module):
@@ -148,12 +148,12 @@ def _drift(batch: int, chunks: Sequence[int], device: torch.device) -> Tensor:
     """How far each frame of the history has drifted from itself, (b, f, 1, 1, 1).
 
     Independent noise on history averages out over a window; what goes wrong in a long rollout does not:
-    hue and outline walk away and stay away. So half of the clips remember what follows the first chunk
-    as a mixture with an impostor, and learn to hold on to the first chunk and the prompt.
+    hue and outline walk away and stay away. So half of the clips remember themselves as a mixture with
+    an impostor, the first chunk (which stays as the sink) least, and learn to hold on to it and the prompt.
     """
     most = MOST_DRIFT * torch.rand(batch, 1, device=device) * (torch.rand(batch, 1, device=device) < 0.5)
     share = most * (0.5 + 0.5 * torch.rand(batch, len(chunks), device=device))
-    share[:, 0] = 0
+    share[:, 0] *= 0.25
     return _expand(share, chunks)[:, :, None, None, None]
 
 
@@ -180,14 +180,20 @@ def lessons(frames: int, batch: int, history: bool) -> list[Lesson]:
     """A cycle of steps on clips of `frames` latent frames.
 
     First chunks get steps of their own: they alone must be made from the prompt, and in a clip of
-    fourteen chunks they are too few to learn it from. One step in six starts from a single frame, as
-    image-to-video will.
+    fourteen chunks they are too few to learn it from. Given history, one step in six starts from a single
+    frame, as image-to-video will.
     """
     count = frames // CHUNK
-    whole = Lesson(f"whole{frames}", (CHUNK,) * count, batch, history)
-    image = Lesson(f"image{frames}", (1,) + (CHUNK,) * (count - 1), batch, history)
-    first = Lesson("first", (CHUNK,), batch * 8, False, openings=True)
-    return [first, whole, first, whole, first, image]
+    kind = "given" if history else "forced"
+    whole = Lesson(f"{kind}{frames}", (CHUNK,) * count, batch, history)
+    image = Lesson(f"{kind}{frames}, image", (1, *[CHUNK] * (count - 1), CHUNK - 1), batch, history)
+    first = first_chunks(batch)
+    return [first, whole, whole, first, whole, image] if history else [first, first, first, whole]
+
+
+def first_chunks(batch: int) -> Lesson:
+    """First chunks alone, as many tokens per step as a few whole clips have."""
+    return Lesson("first", (CHUNK,), batch * 4, False, openings=True)
 
 
 class Trainer:
@@ -213,6 +219,9 @@ class Trainer:
         self.vae = vae.to(accelerator.device).requires_grad_(False).eval()
         self.generator = torch.Generator(accelerator.device).manual_seed(seed)
         self.student = load_parts(init) if init else Student()
+        if accelerator.device.type == "cuda":
+            for block in self.student.transformer.blocks:
+                block.compile(dynamic=False)
         self.clips = self._draw(clips, FRAMES)
         self.openings = self._draw(openings, CHUNK)
         self.replaced = 0
@@ -223,24 +232,31 @@ class Trainer:
         attention = {lesson: self._attention(lesson) for lesson in set(cycle)}
         for step in stage.progress:
             lesson = cycle[step % len(cycle)]
-            pool = self.openings if lesson.openings else self.clips
-            latents, ids, mask, event_frame, impostor = pool.pick(self._index(pool, lesson.batch))
-            if lesson.chunks[0] != CHUNK:
-                event_frame = torch.full_like(event_frame, FRAMES)
-            inputs = (latents, ids, mask, event_frame)
-            loss, inputs = (
-                (given_history, (*inputs, impostor)) if lesson.history else (diffusion_forcing, inputs)
-            )
-            losses = partial(loss, stage.raw, attention[lesson], lesson.chunks)
-            values = stage.update(lesson.name, losses, *inputs)
-            self._log(stage, lesson.name, values)
+            self._log(stage, lesson.name, self._teach(stage, lesson, attention[lesson]))
         self._finish(stage)
+
+    def _teach(
+        self, stage: Stage[Student], lesson: Lesson, attention: BlockCausalAttention
+    ) -> dict[str, Tensor]:
+        pool = self.openings if lesson.openings else self.clips
+        latents, ids, mask, event_frame, impostor = pool.pick(self._index(pool, lesson.batch))
+        if lesson.chunks[0] != CHUNK:
+            event_frame = torch.full_like(event_frame, FRAMES)
+        inputs = [latents, ids, mask, event_frame] + ([impostor] if lesson.history else [])
+        loss = given_history if lesson.history else diffusion_forcing
+        losses = partial(loss, stage.raw, attention, lesson.chunks)
+        return stage.update(lesson.name, losses, *inputs)
 
     def run_self_rollout(
         self, steps: int, minutes: float | None, peak: float, frames: int = FRAMES, reuse: int = 4
     ) -> None:
-        """Train on history that the model rolled out itself; each rollout serves `reuse` batches."""
+        """Train on history that the model rolled out itself; each rollout serves `reuse` batches.
+
+        Every second step is followed by one of first chunks, which no history can teach.
+        """
         stage = self._stage("self_rollout", steps, minutes, peak)
+        first = first_chunks(self.batch)
+        first_attention = self._attention(first)
         lesson = Lesson(f"self{frames}", (CHUNK,) * (frames // CHUNK), self.batch, history=True)
         losses = partial(given_history, stage.raw, self._attention(lesson), lesson.chunks)
         while stage.progress.fraction < 1:
@@ -252,6 +268,8 @@ class Trainer:
                 batch = [tensor[part] for tensor in (latents, *others, history, weight)]
                 self._log(stage, lesson.name, stage.update(lesson.name, losses, *batch) | {"drift": drift})
                 stage.progress.step += 1
+                if stage.progress.step % 2:
+                    self._teach(stage, first, first_attention)
         self._finish(stage)
 
     @torch.no_grad()

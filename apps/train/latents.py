@@ -17,6 +17,7 @@ from vidkv.models.text import tokenize
 from vidkv.models.vae import encode_clip, normalise, pixel_frames
 
 CHUNK = 3
+ENCODED_FRAMES = 10_000
 
 
 @dataclass
@@ -60,7 +61,6 @@ def draw_clips(
     generator: torch.Generator,
     world: World,
     impostors: bool = False,
-    batch: int = 64,
 ) -> Clips:
     """Draw, render and encode `number` clips of `frames` latent frames; events where they fit."""
     device = generator.device
@@ -69,8 +69,8 @@ def draw_clips(
     events = pixel_frames(CHUNK) + 12 * (chunks - 1) if len(chunks) else None
     scenes = sample_scenes(number, generator, event_frames=events, world=world)
     path = simulate(scenes, pixel)
-    latents = _encode(vae, scenes, path, batch)
-    impostor = _encode(vae, _disguise(scenes, world, generator), path, batch) if impostors else latents[:, :0]
+    latents = _encode(vae, scenes, path)
+    impostor = _encode(vae, _disguise(scenes, world, generator), path) if impostors else latents[:, :0]
     ids, mask = _tokens(scenes.prompts(), generator)
     happens = scenes.event_frame >= 0
     event_frame = torch.where(happens, (scenes.event_frame - 9) // 4 + CHUNK, frames)
@@ -96,8 +96,8 @@ def _disguise(scenes: Scenes, world: World, generator: torch.Generator) -> Scene
 
 
 @torch.no_grad()
-def _encode(vae: AutoencoderKLWan, scenes: Scenes, path: Trajectory, batch: int) -> Tensor:
-    parts = []
+def _encode(vae: AutoencoderKLWan, scenes: Scenes, path: Trajectory) -> Tensor:
+    parts, batch = [], max(1, ENCODED_FRAMES // path.camera.shape[1])
     for start in range(0, len(scenes), batch):
         part = slice(start, start + batch)
         clip = render(scenes[part], Trajectory(path.position[part], path.camera[part]))

@@ -281,7 +281,7 @@ def render(scenes: Scenes, path: Trajectory, start: int = 0, stop: int | None = 
     x, y = axis.expand(SIZE, SIZE), axis[:, None].expand(SIZE, SIZE)
     frames = _background(scenes, camera, x, y)
     exists = scenes.exists
-    for i in range(MAX_OBJECTS):
+    for i in range(int(scenes.count.max())):
         after = (scenes.event_frame[:, None] >= 0) & (time >= scenes.event_frame[:, None])
         colour = scenes.colour[:, i, None].expand(-1, len(time))
         if i == 0:
