@@ -37,7 +37,7 @@ SPEC = CacheSpec(window=21, sink=3)
 SCHEDULE = FlowSchedule(
     steps=(1000, 750, 500, 250),
     shift=3.0,
-    first_chunk_steps=(1000, 937, 875, 812, 750, 625, 500, 375, 250, 125),
+    first_chunk_steps=tuple(range(1000, 0, -25)),
     sampler="euler",
 )
 HISTORY_NOISE = 0.12
