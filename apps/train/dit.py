@@ -43,6 +43,7 @@ SCHEDULE = FlowSchedule(
 HISTORY_NOISE = 0.12
 MOST_DRIFT = 0.4
 REFRESH_STEPS = 500
+SELF_ROLLOUT_SHARE = 0.35
 
 
 class Student(nn.Module):
@@ -252,8 +253,13 @@ class Trainer:
     ) -> None:
         """Train on history that the model rolled out itself; each rollout serves `reuse` batches.
 
-        Every second step is followed by one of first chunks, which no history can teach.
+        Every second step is followed by one of first chunks, which no history can teach. The weights that
+        come out lie a third of the way from where the stage began to where it ended: at the end objects
+        keep their identity but motion has got worse, since a history that has strayed and the true
+        continuation do not fit; on the way, identity is won and motion not yet lost (interpolation of
+        weights as in WiSE-FT, arXiv 2109.01903).
         """
+        begun = copy.deepcopy(self.student)
         stage = self._stage("self_rollout", steps, minutes, peak)
         first = first_chunks(self.batch)
         first_attention = self._attention(first)
@@ -271,6 +277,10 @@ class Trainer:
                 if stage.progress.step % 2:
                     self._teach(stage, first, first_attention)
         self._finish(stage)
+        with torch.no_grad():
+            for ended, start in zip(self.student.parameters(), begun.parameters(), strict=True):
+                ended.copy_(torch.lerp(start.to(ended.device), ended, SELF_ROLLOUT_SHARE))
+        save_parts(self.student, self.folder / "pipeline")
 
     @torch.no_grad()
     def roll_out(
@@ -311,9 +321,7 @@ class Trainer:
         return history, weight.repeat_interleave(CHUNK, 1), distance.mean()
 
     def _draw(self, number: int, frames: int) -> Clips:
-        return draw_clips(
-            self.vae, number, frames, self.generator, self.world, impostors=frames > CHUNK
-        )
+        return draw_clips(self.vae, number, frames, self.generator, self.world, impostors=frames > CHUNK)
 
     def _index(self, pool: Clips, number: int) -> Tensor:
         return torch.randint(len(pool), (number,), generator=self.generator, device=self.generator.device)

@@ -130,7 +130,7 @@ def average_colour(clips: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def whiten(vae: AutoencoderKLWan, pool: ClipPool) -> None:
+def whiten(vae: AutoencoderKLWan, pool: ClipPool, clips: int = 512) -> None:
     """Decorrelate the latents, in place, by a matrix folded into the VAE's two 1x1x1 convolutions.
 
     A flow model's squared error counts every direction by its variance; with correlated channels a few
@@ -138,7 +138,9 @@ def whiten(vae: AutoencoderKLWan, pool: ClipPool) -> None:
     of the covariance, with a floor under its eigenvalues. Posterior spreads are left as they are.
     Writes the latents' new mean and deviation to the configuration.
     """
-    latents = torch.cat([encode_clip(vae, pool.clips(64, 33)).mode().double() for _ in range(8)])
+    batch = min(64, clips)
+    parts = [encode_clip(vae, pool.clips(batch, 33)).mode().double() for _ in range(clips // batch)]
+    latents = torch.cat(parts)
     flat = rearrange(latents, "b c f h w -> (b f h w) c")
     mean, covariance = flat.mean(0), flat.T.cov()
     values, vectors = torch.linalg.eigh(covariance)

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
+from einops import rearrange
 
-from vidkv.apps.train import bounce, dit, latents
+from tests.tiny import relative_l2
+from vidkv.apps.train import bounce, dit, latents, vae
 from vidkv.apps.train.common import Progress, learning_rate
 from vidkv.models.bounce.prompts import VOCABULARY, WORLDS
-from vidkv.models.registry import BOUNCE
+from vidkv.models.registry import BOUNCE, weights_folder
+from vidkv.models.vae import decode_clip, encode_clip, normalise
 from vidkv.pipeline import CausalVideoPipeline
 
 
 @pytest.fixture
 def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dit.Trainer:
     monkeypatch.setattr(dit, "FRAMES", 9)
-    vae = CausalVideoPipeline.from_pretrained("bounce").vae
-    return dit.Trainer(tmp_path, Accelerator(cpu=True), vae, WORLDS["narrow"], 4, 8, batch=2, refresh=0)
+    shipped = CausalVideoPipeline.from_pretrained("bounce").vae
+    return dit.Trainer(tmp_path, Accelerator(cpu=True), shipped, WORLDS["narrow"], 4, 8, batch=2, refresh=0)
 
 
 def test_the_registry_describes_what_is_trained() -> None:
@@ -42,6 +46,70 @@ def test_stages_run_resume_and_make_a_pipeline(trainer: dit.Trainer, tmp_path: P
     folder = bounce.assemble(tmp_path, trainer, trainer.vae, "narrow")
     pipe = CausalVideoPipeline.from_pretrained(folder)
     assert pipe("a red circle bouncing", num_frames=9, output_type="pt").frames.shape == (1, 9, 64, 64, 3)
+
+
+def test_self_rollout_ends_a_third_of_the_way(trainer: dit.Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = []
+    for share in (0.0, dit.SELF_ROLLOUT_SHARE, 1.0):
+        torch.manual_seed(3)
+        trainer.generator.manual_seed(3)
+        trainer.student = dit.load_parts(weights_folder(BOUNCE))
+        monkeypatch.setattr(dit, "SELF_ROLLOUT_SHARE", share)
+        trainer.run_self_rollout(1, None, 1e-2, frames=6, reuse=1)
+        ends.append(trainer.student.transformer.proj_out.weight.detach().clone())
+        (trainer.folder / "self_rollout" / "progress.json").unlink()
+    start, between, end = ends
+    assert torch.equal(start, dit.load_parts(weights_folder(BOUNCE)).transformer.proj_out.weight)
+    assert not torch.equal(start, end)
+    torch.testing.assert_close(between, torch.lerp(start, end, 0.35))
+
+
+def test_an_impostor_moves_alike_and_looks_different(trainer: dit.Trainer) -> None:
+    """Where nothing is drawn the two agree; where objects are they differ."""
+    clips = latents.draw_clips(trainer.vae, 6, 3, trainer.generator, WORLDS["narrow"], impostors=True)
+    distance = (clips.latents.float() - clips.impostor.float()).square().mean(2)
+    assert clips.impostor.shape == clips.latents.shape
+    per_clip = distance.flatten(1)
+    assert bool((per_clip.amax(1) > 0.3).all())
+    assert bool((per_clip.median(1).values < 0.05).all())
+
+
+def test_history_drifts_in_half_of_the_clips_and_least_at_its_beginning() -> None:
+    torch.manual_seed(0)
+    share = dit._drift(4000, (1, 3, 3), torch.device("cpu"))[:, :, 0, 0, 0]
+    drifting = share[:, 1] > 0
+    assert 0.45 < float(drifting.float().mean()) < 0.55
+    assert float(share.max()) <= dit.MOST_DRIFT
+    assert float(share[drifting, 0].mean()) < 0.3 * float(share[drifting, 1].mean())
+    assert torch.equal(share[:, 1], share[:, 3])
+
+
+def test_whitening_changes_latents_and_nothing_that_is_seen(trainer: dit.Trainer) -> None:
+    pool = vae.ClipPool(torch.Generator().manual_seed(4), size=64)
+    clips = pool.clips(2, 9)
+    model = copy.deepcopy(trainer.vae)
+    with torch.no_grad():
+        model.quant_conv.weight[:16] *= torch.linspace(0.1, 2, 16)[:, None, None, None, None]
+        before = decode_clip(model, encode_clip(model, clips).mode())
+        vae.whiten(model, pool, clips=8)
+        latents_now = encode_clip(model, clips).mode()
+        after = decode_clip(model, latents_now)
+    assert relative_l2(after, before) <= 1e-4
+    flat = rearrange(normalise(model, latents_now.movedim(1, 2)), "b f c h w -> c (b f h w)")
+    worst = (torch.corrcoef(flat) - torch.eye(16)).abs().max()
+    assert float(worst) < 0.75
+
+
+def test_average_colour_is_that_of_the_cell() -> None:
+    red, black = torch.tensor([1.0, -1, -1]), torch.full((3,), -1.0)
+    clip = torch.empty(1, 3, 5, 16, 8)
+    clip[:, :, :, :8], clip[:, :, :, 8:] = red.view(1, 3, 1, 1, 1), black.view(1, 3, 1, 1, 1)
+    clip[:, :, 3:, 8:] = 1.0
+    found = vae.average_colour(clip)
+    assert found.shape == (1, 3, 2, 2, 1)
+    torch.testing.assert_close(found[0, :, 0, 0, 0], torch.tensor([-4 / 3, 8.0, 4.0]))
+    torch.testing.assert_close(found[0, :, 0, 1, 0], torch.tensor([-4.0, 0, 0]))
+    torch.testing.assert_close(found[0, :, 1, 1, 0], torch.tensor([0.0, 0, 0]))
 
 
 def test_events_begin_with_a_chunk(trainer: dit.Trainer) -> None:
