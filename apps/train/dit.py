@@ -266,12 +266,15 @@ class Trainer:
         lesson = Lesson(f"self{frames}", (CHUNK,) * (frames // CHUNK), self.batch, history=True)
         losses = partial(given_history, stage.raw, self._attention(lesson), lesson.chunks)
         while stage.progress.fraction < 1:
-            latents, *others = self.clips.pick(self._index(self.clips, self.batch * reuse))
+            latents, ids, mask, event_frame, impostor = self.clips.pick(
+                self._index(self.clips, self.batch * reuse)
+            )
             latents = latents[:, :frames]
             actor = copy.deepcopy(stage.raw).to(torch.bfloat16 if stage.on_gpu else torch.float32)
-            history, weight, drift = self.roll_out(actor, latents, *others[:3])
+            history, weight, drift = self.roll_out(actor, latents, ids, mask, event_frame)
             for part in torch.randperm(self.batch * reuse, device=history.device).split(self.batch):
-                batch = [tensor[part] for tensor in (latents, *others, history, weight)]
+                inputs = (latents, ids, mask, event_frame, impostor, history, weight)
+                batch = [tensor[part] for tensor in inputs]
                 self._log(stage, lesson.name, stage.update(lesson.name, losses, *batch) | {"drift": drift})
                 stage.progress.step += 1
                 if stage.progress.step % 2:
