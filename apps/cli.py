@@ -16,7 +16,6 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 
 from vidkv.errors import InputError, PromptError, VidkvError
@@ -26,6 +25,11 @@ if TYPE_CHECKING:
 
 STARTED = time.perf_counter()
 OK, FAILED, UNUSABLE, SIGNALLED = 0, 1, 2, 128
+
+# the base of what typer raises over arguments; some versions use click, others carry a copy of it
+USAGE_ERROR: Any = next(
+    kind for kind in reversed(typer.BadParameter.__mro__) if hasattr(kind, "format_message")
+)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 bench_app = typer.Typer(no_args_is_help=True, help="Measure cost.")
@@ -66,7 +70,10 @@ def generate(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Turn a sentence into a video."""
+    """Turn a sentence into a video.
+
+    The frame rates reported, end_to_end_fps among them, count from when the model has been loaded.
+    """
     from vidkv.apps import generate as generating
 
     prompts = ((0.0, prompt), *(_timed_prompt(text) for text in prompt_at or ()))
@@ -94,21 +101,24 @@ def estimate(
     sink: Sink = None,
     cache: Cache = None,
     batch: Annotated[int, typer.Option(min=1, help="Videos at once.")] = 1,
-    device: Device = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda, which need not be here.")] = "auto",
     as_json: Json = False,
 ) -> None:
     """Say what memory a rollout needs, without its weights."""
-    from vidkv.apps.generate import cache_spec, pick_device
+    from vidkv.apps.generate import cache_spec, check_device, compute_dtype, pick_device
     from vidkv.memory import pixel_size, plan_memory
     from vidkv.models.registry import MODELS
 
     if model not in MODELS:
         raise InputError(f"unknown model {model!r}; known are {', '.join(MODELS)}")
     entry = MODELS[model]
-    where = "cpu" if entry.weights and pick_device(device) == "cpu" else "cuda"
+    check_device(device)
+    where = device
+    if device == "auto":
+        # nobody rolls out the others on a CPU
+        where = pick_device(device) if entry.weights else "cuda"
     spec = cache_spec(entry, _cache_changes(cache, kv_format, window, sink), where)
-    dtype = _compute_dtype(where)
-    plan = plan_memory(entry, spec, *pixel_size(entry, height, width), batch, dtype)
+    plan = plan_memory(entry, spec, *pixel_size(entry, height, width), batch, compute_dtype(where))
     rows = "\n".join(f"{name:17} {value / 1e9:10.3f} GB" for name, value in plan.as_dict().items())
     _emit(plan.as_dict() | {"model": model, "cache": str(spec)}, as_json, rows)
 
@@ -247,18 +257,29 @@ def _cache_changes(
     return changes | {name: value for name, value in given.items() if value is not None}
 
 
-def _compute_dtype(device: str) -> Any:
-    import torch
-
-    return torch.float32 if device == "cpu" else torch.bfloat16
-
-
 def _emit(result: dict[str, Any], as_json: bool, text: str) -> None:
     print(json.dumps(result, allow_nan=True) if as_json else text)
 
 
 def _say(message: str) -> None:
     print(f"vidkv: {message}", file=sys.stderr)
+
+
+def _say_usage(error: Any) -> None:
+    """What is wrong with the arguments in one line, or the help where there are none."""
+    from pydantic import ValidationError
+
+    # a class that typer does not export, and that older versions lack
+    if type(error).__name__ == "NoArgsIsHelpError":
+        # where rich shows help it has done so already, and the message is empty
+        if error.format_message():
+            error.show()
+        return
+    message = " ".join(error.format_message().split()).removesuffix(".")
+    if isinstance(error.__cause__, ValidationError):
+        message += f", got {error.__cause__.errors()[0]['input']!r:.60}"
+    context = getattr(error, "ctx", None)
+    _say(f"{message}; see {context.command_path if context else 'vidkv'} --help")
 
 
 def _prepare() -> None:
@@ -278,14 +299,14 @@ def main() -> None:
     """Console script."""
     _prepare()
     try:
-        code = app(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
+        code = app(prog_name="vidkv", standalone_mode=False)
+    except USAGE_ERROR as error:
+        _say_usage(error)
+        code = UNUSABLE
     except VidkvError as error:
         _say(str(error))
         code = UNUSABLE
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         _say("stopped")
         code = SIGNALLED + 2
     sys.exit(code)

@@ -1,8 +1,8 @@
-"""Caches that are wrong on purpose: what an evaluation of the cache must be able to see."""
+"""What an evaluation of the cache must be able to see: caches that are wrong on purpose, and by what."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -49,4 +49,31 @@ BROKEN_CACHES: dict[str, type[KVCache]] = {
     "shuffled_pages": ShuffledPages,
     "rope_off_by_one_chunk": ShiftedRope,
     "another_seeds_cache": AnotherVideo,
+}
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """A control works when its metric rises (+1) or falls (-1).
+
+    Attributes:
+        metric: field of RolloutMetrics.
+        direction: +1 or -1.
+        breaking_chunk_only: compare the chunk in which it breaks instead of all of them.
+    """
+
+    metric: str
+    direction: int
+    breaking_chunk_only: bool = False
+
+
+EXPECTED: dict[str, Expectation] = {
+    "no_history": Expectation("trajectory_rmse", 1),
+    "shuffled_pages": Expectation("trajectory_rmse", 1),
+    # as if a chunk were missing: objects still move on, but not as themselves
+    "rope_off_by_one_chunk": Expectation("identity", -1),
+    "another_seeds_cache": Expectation("trajectory_rmse", 1),
+    # once at rest a picture is what one expects of a picture at rest
+    "frozen_frames": Expectation("trajectory_rmse", 1, breaking_chunk_only=True),
+    "brightness_creep": Expectation("luminance_drift", 1),
 }

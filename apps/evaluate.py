@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,12 @@ import torch
 from torch import Tensor
 
 from vidkv.apps.bench import hardware
-from vidkv.apps.controls import BROKEN_CACHES
+from vidkv.apps.controls import BROKEN_CACHES, EXPECTED
 from vidkv.cache import CacheSpec, KVCache
 from vidkv.errors import InputError, VidkvError
 from vidkv.models.bounce.metrics import (
+    FIRST_CHUNK,
+    LATER_CHUNK,
     RolloutMetrics,
     bootstrap_ci,
     brightness_creep,
@@ -30,8 +33,11 @@ from vidkv.models.bounce.world import sample_scenes
 from vidkv.pipeline import CausalVideoPipeline
 
 BATCH = 8
-QUICK_ROLLOUTS, QUICK_CHUNKS = 6, 6
+ROLLOUTS, CHUNKS = 200, 21
+# nine chunks are 27 latent frames: pages leave a window of 21
+QUICK_ROLLOUTS, QUICK_CHUNKS = 6, 9
 CONTROL_ROLLOUTS = 16
+MOVED_Z = 5.0
 MIX: tuple[tuple[Family, bool], ...] = (
     ("bounce", False),
     ("bounce", False),
@@ -40,6 +46,8 @@ MIX: tuple[tuple[Family, bool], ...] = (
     ("still", False),
     ("bounce", True),
 )
+# in these alone every metric has something to say: all move, and in full view
+CONTROL_MIX: tuple[tuple[Family, bool], ...] = (("bounce", False),)
 PER_CHUNK = (
     "identity", "colour", "shape", "colour_delta_e", "count_error", "luminance_drift", "trajectory_rmse",
     "speed_error", "teleports", "judged",
@@ -76,13 +84,19 @@ class Results:
         return np.stack([getattr(m, name) for m in self.metrics])
 
 
-def tasks(number: int, world: World, chunks: int, seed: int = 1000) -> list[Task]:
-    """Held-out scenes in the proportions of MIX, the same for every setting."""
+def tasks(
+    number: int,
+    world: World,
+    chunks: int,
+    seed: int = 1000,
+    mix: Sequence[tuple[Family, bool]] = MIX,
+) -> list[Task]:
+    """Held-out scenes in the proportions of `mix`, the same for every setting."""
     generator = torch.Generator().manual_seed(seed)
     event = torch.tensor([0])
     made = []
     for i in range(number):
-        family, happens = MIX[i % len(MIX)]
+        family, happens = mix[i % len(mix)]
         events = event if happens else None
         prompt = sample_scenes(1, generator, family, events, world).prompts()[0]
         made.append(Task(prompt, seed + i, max(2, chunks // 2) if happens else None))
@@ -90,15 +104,26 @@ def tasks(number: int, world: World, chunks: int, seed: int = 1000) -> list[Task
 
 
 def evaluate_world(
-    model: str, rollouts: int, chunks: int, kv_format: str, quick: bool, controls: bool, tell: Tell
+    model: str,
+    rollouts: int | None,
+    chunks: int | None,
+    kv_format: str,
+    quick: bool,
+    controls: bool,
+    tell: Tell,
 ) -> dict[str, Any]:
     """Roll the tasks out with the model's own cache and with `kv_format`, and compare.
+
+    Args:
+        rollouts, chunks: None for ROLLOUTS of CHUNKS.
+        quick: instead of these defaults QUICK_ROLLOUTS of QUICK_CHUNKS; other numbers stay.
 
     Returns:
         `identity`, `colour_delta_e`, `count_error` and the other per-chunk metrics of the unquantized
         cache by chunk, each with `value` and `ci95`; `teleports_per_frame`; `reappearance` by gap in
         frames; `event_latency_chunks`; `quantized`: the same metrics under `kv_format` and paired
-        differences; with `controls`, what each broken setting moves.
+        differences; with `controls`, what each broken setting moves, see `_controls`, and
+        `controls_pass`. A number that is not known or not finite is None.
 
     Raises:
         InputError: the model is not one of the embedded world, or the format is not lossy.
@@ -108,8 +133,8 @@ def evaluate_world(
     grammar = pipe.config.prompt_grammar or ""
     if not grammar.startswith("bounce:"):
         raise InputError(f"model={model!r} is no model of the embedded world; its truth is unknown")
-    if quick:
-        rollouts, chunks = QUICK_ROLLOUTS, QUICK_CHUNKS
+    rollouts = _size(rollouts, ROLLOUTS, QUICK_ROLLOUTS, quick)
+    chunks = _size(chunks, CHUNKS, QUICK_CHUNKS, quick)
     world = WORLDS[grammar.removeprefix("bounce:")]
     spec = pipe.default_cache()
     lossy = CacheSpec.of(spec.model_dump() | {"format": kv_format})
@@ -136,7 +161,14 @@ def evaluate_world(
     }
     if controls:
         report["controls"] = _controls(pipe, world, chunks, spec, tell)
-    return report
+        report["controls_pass"] = all(_worked(control) for control in report["controls"].values())
+    return _finite(report)
+
+
+def _size(wanted: int | None, usual: int, quick_one: int, quick: bool) -> int:
+    if wanted is None or wanted == usual:
+        return quick_one if quick else usual
+    return wanted
 
 
 def _roll(
@@ -148,22 +180,24 @@ def _roll(
     name: str,
     kind: type[KVCache] = KVCache,
     alter: Callable[[np.ndarray], np.ndarray] | None = None,
+    batch: int = BATCH,
 ) -> Results:
     """Roll all tasks out in batches, parse and measure them.
 
     Args:
         kind: the class of cache.
         alter: changes the pixels of a rollout (frames, 64, 64, 3) before they are parsed.
+        batch: videos at a time.
     """
     metrics, lossy = [], 0
-    for start in range(0, len(work), BATCH):
-        group = work[start : start + BATCH]
+    for start in range(0, len(work), batch):
+        group = work[start : start + batch]
         frames, pages = roll_group(pipe, group, chunks, spec, kind)
         lossy += pages
         for task, video in zip(group, frames.numpy(), strict=True):
             parsed = parse_frames(alter(video) if alter else video)
             metrics.append(measure(parsed, task.prompt, event_chunk=task.event_chunk))
-        tell(min(start + BATCH, len(work)), len(work), f"{name} rollouts")
+        tell(min(start + batch, len(work)), len(work), f"{name} rollouts")
     return Results(metrics, lossy)
 
 
@@ -178,7 +212,7 @@ def roll_group(
     for chunk in range(chunks):
         wanted = [task.text(chunk) for task in group]
         if wanted != texts:
-            rollout.set_text(pipe.encode_prompt(wanted))
+            pipe.set_prompt(rollout, wanted)
             texts = wanted
         made = rollout.step_chunk()
         assert made.frames is not None
@@ -208,27 +242,63 @@ def _summary(results: Results) -> dict[str, Any]:
 
 
 def _controls(
-    pipe: CausalVideoPipeline, world: World, chunks: int, spec: CacheSpec, tell: Tell
+    pipe: CausalVideoPipeline,
+    world: World,
+    chunks: int,
+    spec: CacheSpec,
+    tell: Tell,
+    rollouts: int = CONTROL_ROLLOUTS,
 ) -> dict[str, Any]:
-    """What each broken setting does to the mean of each metric, against the same rollouts unbroken.
+    """What each broken setting does to each metric, against the same rollouts unbroken.
 
-    `z` is the paired mean difference over its standard error; a control has worked when its own metric
-    moved by at least 5, and A/A when none moved at all.
+    A/A repeats the scenes with what must not matter: other noise, other batches and other segments of
+    scratch. `z` is the paired mean difference over its standard error.
+
+    Returns:
+        Per control `metric` (its own), that one's `difference` and `z`, whether it `moved` as EXPECTED by
+        at least MOVED_Z, and `metrics` with all of them; for `a_a` whether it stayed `still`: no metric
+        moved that far.
     """
-    work = tasks(CONTROL_ROLLOUTS, world, chunks, seed=5000)
+    work = tasks(rollouts, world, chunks, seed=5000, mix=CONTROL_MIX)
     honest = _roll(pipe, work, chunks, spec, tell, "honest")
-    runs = {"a_a": _roll(pipe, work, chunks, spec, tell, "a/a")}
-    for name, kind in BROKEN_CACHES.items():
-        runs[name] = _roll(pipe, work, chunks, spec, tell, name, kind)
-    still = chunks // 2 * 12
-    runs["frozen_frames"] = _roll(
-        pipe, work, chunks, spec, tell, "frozen", alter=lambda video: frozen(video, still)
-    )
-    runs["brightness_creep"] = _roll(pipe, work, chunks, spec, tell, "brightness", alter=brightness_creep)
-    return {
-        name: {metric: _shift(run.curve(metric), honest.curve(metric)) for metric in PER_CHUNK}
-        for name, run in runs.items()
-    }
+    again = [replace(task, seed=task.seed + 100_000) for task in work]
+    other = spec.model_copy(update={"segment": spec.segment + 1})
+    repeated = _roll(pipe, again, chunks, other, tell, "A/A", batch=BATCH - 3)
+    runs = {name: _roll(pipe, work, chunks, spec, tell, name, kind) for name, kind in BROKEN_CACHES.items()}
+    middle = chunks // 2
+    still = FIRST_CHUNK + (middle - 1) * LATER_CHUNK
+    for name, alter in (
+        ("frozen_frames", partial(frozen, start=still)),
+        ("brightness_creep", brightness_creep),
+    ):
+        runs[name] = _roll(pipe, work, chunks, spec, tell, name, alter=alter)
+    verdicts = {name: judge(name, run, honest, middle) for name, run in runs.items()}
+    return {"a_a": judge_repetition(repeated, honest)} | verdicts
+
+
+def judge(name: str, run: Results, honest: Results, breaking_chunk: int) -> dict[str, Any]:
+    """Has a control moved its own metric as far as it must? See `_controls` for what is returned."""
+    expected = EXPECTED[name]
+    one = slice(breaking_chunk, breaking_chunk + 1)
+    shifts = _shifts(run, honest, one if expected.breaking_chunk_only else slice(None))
+    own = shifts[expected.metric]
+    moved = expected.direction * own["z"] >= MOVED_Z
+    return {"metric": expected.metric, **own, "moved": moved, "metrics": shifts}
+
+
+def judge_repetition(run: Results, honest: Results) -> dict[str, Any]:
+    """Has no metric moved where nothing was broken? See `_controls` for what is returned."""
+    shifts = _shifts(run, honest, slice(None))
+    known = [abs(shift["z"]) for shift in shifts.values() if not math.isnan(shift["z"])]
+    return {"still": bool(known) and max(known) < MOVED_Z, "metrics": shifts}
+
+
+def _shifts(a: Results, b: Results, chunks: slice) -> dict[str, dict[str, float]]:
+    return {name: _shift(a.curve(name)[:, chunks], b.curve(name)[:, chunks]) for name in PER_CHUNK}
+
+
+def _worked(control: dict[str, Any]) -> bool:
+    return bool(control["still"] if "still" in control else control["moved"])
 
 
 def _shift(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
@@ -241,6 +311,15 @@ def _shift(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
     mean = float(pairs.mean())
     z = 0.0 if mean == 0 else mean / error if error else math.copysign(math.inf, mean)
     return {"difference": round(mean, 5), "z": round(float(z), 2)}
+
+
+def _finite(value: Any) -> Any:
+    """The same without NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _by_chunk(intervals: Iterable[tuple[float, float, float]]) -> dict[str, Any]:
@@ -279,12 +358,22 @@ def table(report: dict[str, Any]) -> str:
     lines.append(
         f"event latency: {_cell(latency)} chunks, {latency['never']} of {latency['events']} never obeyed"
     )
-    for name, moved in report.get("controls", {}).items():
-        largest = sorted(
-            moved.items(), key=lambda item: -abs(item[1]["z"]) if item[1]["z"] == item[1]["z"] else 0
-        )
-        lines.append(f"control {name}: " + ", ".join(f"{m} z={v['z']}" for m, v in largest[:4]))
+    if "controls" in report:
+        lines += [_control_line(name, control) for name, control in report["controls"].items()]
+        lines.append(f"controls: {'pass' if report['controls_pass'] else 'FAIL'}")
     return "\n".join(lines)
+
+
+def _control_line(name: str, control: dict[str, Any]) -> str:
+    verdict = "ok  " if _worked(control) else "FAIL"
+    if "still" in control:
+        known = [abs(shift["z"]) for shift in control["metrics"].values() if shift["z"] is not None]
+        largest = max(known, default=None)
+        return f"{verdict} control {name}: largest |z|={largest} of any metric, must stay under {MOVED_Z:g}"
+    return (
+        f"{verdict} control {name}: {control['metric']} moved by {control['difference']}, z={control['z']}, "
+        f"must reach {EXPECTED[name].direction * MOVED_Z:+g}"
+    )
 
 
 def _cell(value: dict[str, Any]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import resource
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -18,17 +17,37 @@ import torch
 
 import vidkv
 from vidkv.cache import CacheSpec
-from vidkv.errors import Cancelled, InputError, OutputError, VidkvError
-from vidkv.memory import latent_size, pixel_size
-from vidkv.models.checkpoints import read_json
+from vidkv.errors import (
+    Cancelled,
+    CheckpointError,
+    InputError,
+    OutputError,
+    PromptError,
+    ResourceError,
+    VidkvError,
+)
+from vidkv.memory import pixel_size, plan_memory
+from vidkv.models.checkpoints import read_json, require_tokenizer
 from vidkv.models.registry import MODELS, ModelEntry, canonical_prompt
+from vidkv.models.vae import pixel_frames
 from vidkv.pipeline import CausalVideoPipeline, chunks_for, find_model, frames_for
 from vidkv.prompts import PromptSchedule
 from vidkv.schedule import FlowSchedule
-from vidkv.segments import SegmentWriter, check_output, write_video
+from vidkv.segments import (
+    SegmentWriter,
+    check_output,
+    claim_folder,
+    partial_video,
+    rescue_segments,
+    segments_folder,
+    write_video,
+)
 
 if TYPE_CHECKING:
     from vidkv.rollout import Chunk
+
+DEVICES = ("auto", "cpu", "cuda")
+_LESS_MEMORY = "choose a smaller --window, --height or --width, or --kv-format int8"
 
 
 @dataclass(frozen=True)
@@ -56,7 +75,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Plan:
-    """A request that has been checked against the model, before its weights are read."""
+    """A request that has been checked against the model, before its weights are read.
+
+    Attributes:
+        frames: pixel frames of the video.
+        need_bytes: memory of the device at the peak, estimated.
+    """
 
     request: Request
     entry: ModelEntry
@@ -65,6 +89,7 @@ class Plan:
     spec: CacheSpec
     device: str
     frames: int
+    need_bytes: int
 
     @property
     def chunks(self) -> int:
@@ -81,22 +106,76 @@ def plan(request: Request) -> Plan:
     """Check everything that can be checked without weights.
 
     Raises:
-        InputError, OutputError, CheckpointError: the first thing wrong, with its remedy.
+        InputError, OutputError, CheckpointError, ResourceError: the first thing wrong, with its remedy.
     """
     check_output(request.out)
     if not 0 <= request.seed < 2**64:
         raise InputError(f"seed={request.seed} must lie between 0 and 2**64 - 1")
     folder = find_model(request.model)
     config = read_json(folder / "model_index.json")
-    entry = MODELS[str(config.get("model", "bounce"))]
+    name = str(config.get("model", "bounce"))
+    if name not in MODELS:
+        raise CheckpointError(
+            f"{folder / 'model_index.json'} names the model {name!r:.60}; known are {', '.join(MODELS)}"
+        )
+    entry = MODELS[name]
+    require_tokenizer(folder / "tokenizer")
     grammar = config.get("prompt_grammar")
     schedule = PromptSchedule.of(request.prompts, canonical_prompt(str(grammar) if grammar else None))
     device = pick_device(request.device)
-    latent_size(entry, *pixel_size(entry, request.height, request.width))
+    frames = frames_for(request.seconds, entry.fps)
+    _check_switches(schedule, entry, frames)
     if request.steps is not None:
         FlowSchedule().with_steps(request.steps)
     spec = cache_spec(entry, request.cache, device)
-    return Plan(request, entry, folder, schedule, spec, device, frames_for(request.seconds, entry.fps))
+    size = pixel_size(entry, request.height, request.width)
+    need_bytes = plan_memory(entry, spec, *size, dtype=compute_dtype(device)).peak_bytes
+    free_bytes = available_bytes(device)
+    if free_bytes is not None and need_bytes > free_bytes:
+        raise ResourceError(
+            f"the video needs {_mb(need_bytes)} of memory (window={spec.window}, format={spec.format}, "
+            f"{size[1]}x{size[0]}), {device} has {_mb(free_bytes)} free; {_LESS_MEMORY}"
+        )
+    return Plan(request, entry, folder, schedule, spec, device, frames, need_bytes)
+
+
+def _check_switches(schedule: PromptSchedule, entry: ModelEntry, frames: int) -> None:
+    """Refuse a prompt after the beginning of the last chunk: it would never be shown."""
+    second = schedule.entries[-1][0]
+    before = (chunks_for(frames, entry.chunk_frames) - 1) * entry.chunk_frames
+    last = pixel_frames(before) / entry.fps
+    if second > last:
+        raise PromptError(
+            f"the prompt at second {second:g} would never be shown: prompts change between chunks, and the "
+            f"last chunk of {frames / entry.fps:g} seconds begins at second {last:g}; give an earlier second "
+            "or more --seconds"
+        )
+
+
+def check_device(name: str) -> None:
+    """Whether it is there is another question, see `pick_device`.
+
+    Raises:
+        InputError: a device that vidkv does not know.
+    """
+    if name not in DEVICES:
+        raise InputError(f"device={name!r:.60}; choose auto, cpu or cuda")
+
+
+def compute_dtype(device: str) -> torch.dtype:
+    """What networks compute in on a device."""
+    return torch.float32 if device == "cpu" else torch.bfloat16
+
+
+def available_bytes(device: str) -> int | None:
+    """Memory that can be had without swapping; None where the system does not say."""
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
 
 
 def pick_device(name: str) -> str:
@@ -105,11 +184,10 @@ def pick_device(name: str) -> str:
     Raises:
         InputError: an unknown device, or `cuda` without a GPU.
     """
+    check_device(name)
     available = torch.cuda.is_available()
     if name == "auto":
         return "cuda" if available else "cpu"
-    if name not in ("cpu", "cuda"):
-        raise InputError(f"device={name!r}; choose auto, cpu or cuda")
     if name == "cuda" and not available:
         raise InputError("device=cuda, but torch sees no GPU here; use --device cpu or see `vidkv doctor`")
     return name
@@ -132,45 +210,56 @@ def generate(plan: Plan, report: Reporter, started: float) -> dict[str, Any]:
     """Make the video of a plan.
 
     Segments collect in `OUT.segments` beside the file and the finished mp4 appears under its name at
-    the end. Stopped early, by Ctrl-C, SIGTERM or an error, what is there is kept as `NAME.partial.mp4`.
+    the end. Stopped early, by Ctrl-C, SIGTERM or an error, what is there is kept as `NAME.partial.mp4`;
+    stopped while the file is joined, it is finished.
 
     Args:
         started: `time.perf_counter()` when the command began, for the time to the first frame.
 
     Returns:
-        The JSON object of `vidkv generate --json`.
+        The JSON object of `vidkv generate --json`. Its `first_frame_s` counts from `started`, its
+        `end_to_end_fps` from when the model has been loaded, with encoding and writing.
 
     Raises:
         Stopped: by a signal; carries the partial file.
+        OutputError: another run writes to the same file, or it cannot be written.
+        ResourceError: memory ran out.
     """
     request, entry = plan.request, plan.entry
-    dtype = torch.float32 if plan.device == "cpu" else torch.bfloat16
-    pipe = CausalVideoPipeline.from_pretrained(plan.folder, dtype=dtype).to(plan.device)
-    pipe.set_progress_bar_config(disable=True)
     height, width = pixel_size(entry, request.height, request.width)
-    folder = request.out.with_name(request.out.name + ".segments")
-    _rescue(folder, request.out, entry.fps)
-    writer = SegmentWriter(folder, entry.fps, height, width)
     metadata = _settings(plan, height, width)
-    tally = _Tally(plan, started)
-    with _stopping() as stopped:
-        try:
-            stream = pipe.stream(
-                list(plan.schedule.entries), height, width, num_frames=plan.frames, seed=request.seed,
-                num_inference_steps=request.steps, cache=plan.spec, on_step=stopped.check,
-            )  # fmt: skip
-            for chunk in stream:
-                writer.write(chunk.index, chunk.frames[0])
-                tally.add(chunk)
-                report(chunk, plan.chunks, tally.frames, tally.elapsed_s)
-                stopped.check(chunk.index, -1)
-        except (VidkvError, MemoryError, RuntimeError) as error:
-            kept = keep_partial(writer, request.out, entry.fps, metadata)
-            if isinstance(error, Cancelled):
-                raise Stopped(stopped.signal, kept) from None
-            raise type(error)(f"{error}{_kept_note(kept)}") from error
-    info = write_video(writer.paths(), request.out, entry.fps, metadata)
-    shutil.rmtree(folder)
+    folder = segments_folder(request.out)
+    with claim_folder(folder):
+        with _naming_shortage(plan):
+            dtype = compute_dtype(plan.device)
+            pipe = CausalVideoPipeline.from_pretrained(plan.folder, dtype=dtype).to(plan.device)
+        pipe.set_progress_bar_config(disable=True)
+        rescue_segments(folder, request.out)
+        writer = SegmentWriter(folder, entry.fps, height, width)
+        tally = _Tally(plan, started)
+        with _stopping() as stopped:
+            try:
+                with _naming_shortage(plan):
+                    stream = pipe.stream(
+                        list(plan.schedule.entries), height, width, num_frames=plan.frames,
+                        seed=request.seed, num_inference_steps=request.steps, cache=plan.spec,
+                        on_step=stopped.check,
+                    )  # fmt: skip
+                    for chunk in stream:
+                        writer.write(chunk.index, chunk.frames[0])
+                        tally.add(chunk)
+                        report(chunk, plan.chunks, tally.frames, tally.elapsed_s)
+                        stopped.check(chunk.index, -1)
+            except (VidkvError, RuntimeError) as error:
+                kept = keep_partial(writer, request.out, entry.fps, metadata)
+                if isinstance(error, Cancelled):
+                    raise Stopped(stopped.signal, kept) from None
+                if isinstance(error, VidkvError):
+                    raise type(error)(f"{error}{_kept_note(kept)}") from error
+                error.add_note(_kept_note(kept).removeprefix("; "))
+                raise
+            info = write_video(writer.paths(), request.out, entry.fps, metadata)
+            writer.drop_from(0)
     return tally.result() | {"out": str(request.out), "frames": info.frames, "seconds": info.seconds}
 
 
@@ -191,36 +280,34 @@ def keep_partial(writer: SegmentWriter, out: Path, fps: int, metadata: dict[str,
     """Join what there is to a playable `NAME.partial.mp4`; the segments stay if that fails."""
     segments = writer.paths()
     if not segments:
-        with contextlib.suppress(OSError):
-            shutil.rmtree(segments_folder(out))
         return None
-    partial = out.with_name(f"{out.stem}.partial.mp4")
+    partial = partial_video(out)
     try:
         write_video(segments, partial, fps, metadata | {"partial": "true"})
     except OutputError:
         return segments_folder(out)
-    shutil.rmtree(segments_folder(out))
+    with contextlib.suppress(OutputError):
+        writer.drop_from(0)
     return partial
 
 
-def segments_folder(out: Path) -> Path:
-    """Where the segments of a video lie while it is made."""
-    return out.with_name(out.name + ".segments")
+@contextlib.contextmanager
+def _naming_shortage(plan: Plan) -> Iterator[None]:
+    """Turn what allocators raise into one line that says what was needed."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # the allocator of torch for the CPU has no exception of its own
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "Allocator" not in str(error):
+            raise
+        raise ResourceError(
+            f"{plan.device} has run out of memory: the video needs about {_mb(plan.need_bytes)} "
+            f"({plan.spec}); {_LESS_MEMORY}"
+        ) from error
 
 
-def _rescue(folder: Path, out: Path, fps: int) -> None:
-    """Segments of a run that was killed become `NAME.recovered.mp4` before a new run starts."""
-    if not folder.is_dir():
-        return
-    from vidkv.segments import segment_paths
-
-    segments = segment_paths(folder)
-    if segments:
-        number = 0
-        while (target := out.with_name(f"{out.stem}.recovered{number or ''}.mp4")).exists():
-            number += 1
-        write_video(segments, target, fps, {"recovered": "true"})
-    shutil.rmtree(folder)
+def _mb(count: int) -> str:
+    return f"{count // 10**6:,} MB"
 
 
 def _kept_note(kept: Path | None) -> str:
@@ -231,7 +318,7 @@ def _settings(plan: Plan, height: int, width: int) -> dict[str, str]:
     """What made the video, for its metadata."""
     return {
         "vidkv": vidkv.__version__,
-        "model": plan.entry.name,
+        "model": plan.request.model,
         "prompts": "; ".join(f"{second:g}: {text}" for second, text in plan.schedule.entries),
         "seed": str(plan.request.seed),
         "cache": str(plan.spec),
@@ -274,7 +361,7 @@ class _Tally:
             "fps": plan.entry.fps,
             "chunks": self.chunks,
             "seed": plan.request.seed,
-            "model": plan.entry.name,
+            "model": plan.request.model,
             "kv_format": plan.spec.format,
             "window_frames": plan.spec.window,
             "sink_frames": plan.spec.sink,

@@ -32,6 +32,16 @@ def read_json(path: Path) -> dict[str, object]:
     return value
 
 
+def require_tokenizer(folder: Path) -> None:
+    """Refuse a tokenizer folder without its files: transformers would look for another kind of tokenizer.
+
+    Raises:
+        CheckpointError: `tokenizer_config.json` or `tokenizer.json` is missing or no JSON object.
+    """
+    for name in ("tokenizer_config.json", "tokenizer.json"):
+        read_json(folder / name)
+
+
 def file_shapes(path: Path) -> Shapes:
     """Names and shapes in a safetensors file, from its header alone.
 
@@ -78,8 +88,12 @@ def verify(folder: Path, build: type[nn.Module]) -> None:
     found = file_shapes(path)
     try:
         wanted = model_shapes(build, config)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} describes no {build.__name__}: {error}") from None
+    # whatever a model class trips over when its settings make no sense
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise CheckpointError(
+            f"{folder / 'config.json'} describes no {build.__name__} ({reason}); restore or re-download it"
+        ) from None
     for name, shape in wanted.items():
         if name not in found and name in tied:
             continue

@@ -6,7 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vidkv.models.bounce.prompts import World
 
 
 @dataclass(frozen=True)
@@ -137,14 +140,31 @@ def canonical_prompt(grammar: str | None) -> Callable[[str], str]:
     """
     if grammar is None:
         return _free_text
+    from vidkv.models.bounce.prompts import parse
+
+    world = _world(grammar)
+    return lambda text: parse(text, world).text()
+
+
+def contrast_prompt(grammar: str | None) -> Callable[[str], str]:
+    """What guidance leads away from when the user names nothing: the empty prompt for free text."""
+    if grammar is None:
+        return lambda text: ""
+    from vidkv.models.bounce.prompts import contrast, parse
+
+    world = _world(grammar)
+    return lambda text: contrast(parse(text, world), world).text()
+
+
+def _world(grammar: str) -> World:
     from vidkv.errors import InputError
-    from vidkv.models.bounce.prompts import WORLDS, parse
+    from vidkv.models.bounce.prompts import WORLDS
 
     world = WORLDS.get(grammar.removeprefix("bounce:"))
     if world is None:
         known = ", ".join(f"bounce:{name}" for name in WORLDS)
         raise InputError(f"prompt_grammar={grammar!r} is unknown; there are {known}")
-    return lambda text: parse(text, world).text()
+    return world
 
 
 def _free_text(text: str) -> str:

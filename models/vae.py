@@ -25,6 +25,8 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from einops import rearrange
 from torch import Tensor
 
+from vidkv.errors import StateError
+
 REPLICATE = "Rep"
 
 
@@ -104,16 +106,66 @@ class StreamingDecoder:
         other.restore(self.state())
         return other
 
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a `state()`."""
-        self.reset()
-        device = self.vae.device
-        for name, tensor in state.items():
-            if name.startswith("feature."):
-                self._features[int(name.removeprefix("feature."))] = tensor.to(device, copy=True)
-        for i in state["replicate"].tolist():
-            self._features[i] = REPLICATE
-        self._fed_frames = int(state["fed_frames"])
+    def restore(self, state: Mapping[str, Tensor], grid: tuple[int, int, int] | None = None) -> None:
+        """Go on from a `state()`.
+
+        Args:
+            grid: (batch, height, width) of the latents to come; None takes what the state has.
+
+        Raises:
+            StateError: it is of another VAE or grid, or damaged; nothing has changed.
+        """
+        fed, marks = state.get("fed_frames"), state.get("replicate")
+        if fed is None or fed.dtype != torch.int64 or fed.ndim or fed < 0:
+            raise StateError(f"the saved decoder's fed_frames is {fed}, not a count; the state is damaged")
+        caches = feature_shapes(self.vae)
+        wanted_marks = [i for i, (_, _, over_time) in enumerate(caches) if over_time] if fed == 1 else []
+        if marks is None or marks.dtype != torch.int64 or marks.tolist() != wanted_marks:
+            raise StateError(
+                f"the saved decoder's replicate is {marks}, this VAE needs {wanted_marks} after {int(fed)} "
+                "latent frames"
+            )
+        first = state.get("feature.0")
+        if grid is None and first is not None and first.ndim == 5:
+            grid = first.shape[0], first.shape[3], first.shape[4]
+        batch, height, width = grid or (0, 0, 0)
+        wanted = {
+            f"feature.{i}": (batch, channels, min(int(fed), 2), int(height * scale), int(width * scale))
+            for i, (channels, scale, _) in enumerate(caches)
+            if fed and i not in wanted_marks
+        }
+        found = {name: tensor for name, tensor in state.items() if name.startswith("feature.")}
+        for name in sorted(set(found) | set(wanted)):
+            shape = tuple(found[name].shape) if name in found else None
+            if shape != wanted.get(name) or found[name].dtype != self.vae.dtype:
+                raise StateError(
+                    f"the saved decoder's {name} is {shape}, this VAE needs {wanted.get(name)} at "
+                    f"{self.vae.dtype}; restore with the model and size it was saved with"
+                )
+        features: list[Tensor | str | None] = [None] * len(self._features)
+        for name, tensor in found.items():
+            features[int(name.removeprefix("feature."))] = tensor.to(self.vae.device, copy=True)
+        for i in wanted_marks:
+            features[i] = REPLICATE
+        self._features, self._fed_frames = features, int(fed)
+
+
+def feature_shapes(vae: AutoencoderKLWan) -> list[tuple[int, float, bool]]:
+    """What each causal convolution of the decoder keeps, in the order in which it is called.
+
+    Returns:
+        (channels, rows per latent row, whether the convolution is over time alone). Each keeps its last
+        two input frames, after the first latent frame one, and those over time alone then none yet.
+    """
+    caches, scale = [], 1.0
+    for module in vae.decoder.modules():
+        if isinstance(module, WanResample):
+            scale *= 2
+        if isinstance(module, WanCausalConv3d) and module.kernel_size[0] == 3:
+            # the resampler's own convolution, over time alone, runs before it enlarges
+            over_time = module.kernel_size[1] == 1
+            caches.append((module.in_channels, scale / 2 if over_time else scale, over_time))
+    return caches
 
 
 def _statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:

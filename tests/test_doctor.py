@@ -39,10 +39,10 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mapping[str, str]], N
 
 
 @pytest.fixture
-def read_paths(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], None]:
+def read_paths(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], None]:
     """Let `vidkv.attention.self_test` be this function."""
 
-    def install(self_test: Callable[[], Any]) -> None:
+    def install(self_test: Callable[..., Any]) -> None:
         module = ModuleType("vidkv.attention")
         module.self_test = self_test  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "vidkv.attention", module)
@@ -280,7 +280,7 @@ class TestWeights:
 
 class TestReadPaths:
     def test_errors_are_held_against_their_bounds(
-        self, read_paths: Callable[[Callable[[], Any]], None]
+        self, read_paths: Callable[[Callable[..., Any]], None]
     ) -> None:
         errors = [("reference", 0.0, 1e-6), ("two-pass", 2e-3, 1e-3), ("fused", float("nan"), 1e-2)]
         read_paths(lambda: errors)
@@ -289,13 +289,34 @@ class TestReadPaths:
         assert checks[1].name == "read path two-pass"
         assert "2.0e-03 exceeds its bound 1e-03" in checks[1].detail
 
-    def test_a_crash_is_a_finding(self, read_paths: Callable[[Callable[[], Any]], None]) -> None:
-        def crash() -> None:
+    def test_a_crash_is_a_finding(self, read_paths: Callable[[Callable[..., Any]], None]) -> None:
+        def crash(device: str = "cpu") -> None:
             raise RuntimeError("illegal memory access")
 
         read_paths(crash)
         check = named(run_checks(), "read paths")
         assert (check.status, check.detail) == ("fail", "RuntimeError: illegal memory access")
+
+    def test_the_gpu_is_tested_too_and_its_crash_hides_nothing(
+        self, read_paths: Callable[[Callable[..., Any]], None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def self_test(device: str = "cpu") -> list[tuple[str, float, float]]:
+            if crashing and device == "cuda":
+                raise RuntimeError("illegal memory access")
+            return [("two-pass", {"cpu": 0.0, "cuda": 1.0}[device], 1e-3)]
+
+        read_paths(self_test)
+        crashing = False
+        assert doctor._read_paths_on_gpu() == [] or torch.cuda.is_available()
+        monkeypatch.setattr(doctor, "_gpu_usable", lambda: True)
+        monkeypatch.setattr(doctor, "_gpu", lambda: [])
+        checks = run_checks()
+        assert named(checks, "read path two-pass").status == "ok"
+        assert named(checks, "read path two-pass on the GPU").status == "fail"
+        crashing = True
+        checks = run_checks()
+        assert named(checks, "read path two-pass").status == "ok"
+        assert named(checks, "read paths on the GPU").detail == "RuntimeError: illegal memory access"
 
     def test_missing_module(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "vidkv.attention", None)

@@ -75,12 +75,33 @@ class TestAgainstTheRealThing:
         assert plan.vae_bytes == weights + caches
 
     @pytest.mark.parametrize("cache", ["fp32,window=9,sink=2", "int8,window=12,sink=3,keep_newest", None])
-    def test_cache(self, cache: str | None) -> None:
-        """The registry's architecture, at the precision of the pipeline that asks."""
+    @pytest.mark.parametrize("size", [(64, 64), (32, 96)], ids=str)
+    def test_a_pipeline(self, cache: str | None, size: tuple[int, int]) -> None:
+        """Its own networks, which are not the registry's: what a rollout under way holds."""
         pipe = build_pipeline()
-        pipe.transformer = CausalWanTransformer3DModel(**BOUNCE.transformer)
-        plan = pipe.estimate_memory(cache=cache, batch=2)
-        assert plan.kv_bytes == pipe.rollout(cache=cache, batch=2, decode=False).cache.nbytes
+        plan = pipe.estimate_memory(*size, cache=cache, batch=2)
+        rollout = pipe.rollout(*size, cache=cache, batch=2)
+        rollout.set_text(pipe.encode_prompt(["a red circle bouncing", "a blue square resting"]))
+        stats = rollout.step_chunk().stats
+        assert plan.kv_bytes == stats.kv_bytes
+        transformer, vae, text = (
+            sum(p.nbytes for p in module.parameters())
+            for module in (pipe.transformer, pipe.vae, pipe.text_encoder)
+        )
+        assert (plan.weights_bytes, plan.text_bytes) == (transformer, text)
+        assert rollout.decoder is not None
+        caches = sum(t.nbytes for t in rollout.decoder.state().values() if t.is_floating_point())
+        assert plan.vae_bytes == vae + caches
+        entry = plan_memory(BOUNCE, pipe._spec(cache), *size, batch=2, dtype=torch.float32)
+        assert plan.activation_bytes < entry.activation_bytes
+
+    def test_a_pipeline_at_two_precisions(self) -> None:
+        pipe = build_pipeline()
+        exact = pipe.estimate_memory()
+        pipe.transformer.bfloat16()
+        half = pipe.estimate_memory()
+        assert 2 * half.weights_bytes == exact.weights_bytes and 2 * half.kv_bytes == exact.kv_bytes
+        assert half.vae_bytes == exact.vae_bytes
 
 
 class TestInputs:

@@ -221,6 +221,12 @@ class TestRandomness:
         torch.randn(3, generator=used)
         assert torch.equal(video(pipe, generator=used), video(pipe, seed=5))
 
+    @pytest.mark.parametrize("seed", [2**63 + 5, 2**64 - 1])
+    def test_a_generator_gives_all_bits_of_its_seed(self, pipe: CausalVideoPipeline, seed: int) -> None:
+        found = latents_of(pipe, generator=generator(seed), num_frames=9)
+        assert torch.equal(found, latents_of(pipe, seed=seed, num_frames=9))
+        assert not torch.equal(found, latents_of(pipe, seed=seed % 2**63, num_frames=9))
+
     def test_global_state_is_not_touched(self, pipe: CausalVideoPipeline) -> None:
         torch.manual_seed(1)
         before = torch.get_rng_state()
@@ -335,7 +341,9 @@ class TestCallback:
         timesteps = [round(1000 * sigma) for sigma in schedule.sigmas(1)]
         assert [call[1] for call in calls] == list(range(3 * len(timesteps)))
         assert [call[2] for call in calls] == 3 * timesteps
-        assert all(call[0] is pipe and call[3] == {} for call in calls)
+        assert all(call[0] is pipe for call in calls)
+        assert all(set(call[3]) == {"latents"} for call in calls)
+        assert all(call[3]["latents"].shape == (1, 3, CHANNELS, 4, 6) for call in calls)
 
     def test_first_chunk_steps(self) -> None:
         calls: list[int] = []
@@ -343,6 +351,67 @@ class TestCallback:
         video(pipe, num_frames=21, callback_on_step_end=lambda _, step, t, kwargs: calls.append(t) or {})
         assert len(calls) == 3 + 2
         assert calls[:3] == [1000, 978, 833] and calls[3:] == [1000, 833]
+
+    def test_latents_after_the_last_step_are_the_chunk_s(self, pipe: CausalVideoPipeline) -> None:
+        seen: list[Tensor] = []
+        found = latents_of(pipe, callback_on_step_end=lambda *args: seen.append(args[3]["latents"].clone()))
+        assert len(seen) == 4
+        assert torch.equal(torch.cat(seen[1::2], 1), found)
+        assert relative_l2(torch.cat(seen[::2], 1), found) > 0.01
+
+    def test_changed_latents_go_on(self, pipe: CausalVideoPipeline) -> None:
+        """The last step of chunk 0: the chunk is what was returned, and the next one saw it."""
+        own = noise(1, 3, CHANNELS, 4, 6)
+        found = latents_of(
+            pipe, callback_on_step_end=lambda _, step, t, tensors: {"latents": own} if step == 1 else {}
+        )
+        assert torch.equal(found[:, :3], own)
+        rollout = pipe.rollout(**SIZE)
+        rollout.set_text(pipe.encode_prompt([PROMPT]))
+        rollout.append(own)
+        assert torch.equal(found[:, 3:], rollout.step_chunk().latents)
+
+    def test_without_tensors(self, pipe: CausalVideoPipeline) -> None:
+        seen: list[Any] = []
+        video(
+            pipe,
+            callback_on_step_end=lambda *args: seen.append(args[3]),
+            callback_on_step_end_tensor_inputs=[],
+        )
+        assert seen == [{}] * 4
+
+    @pytest.mark.parametrize(
+        ("latents", "words"),
+        [(torch.zeros(1, 3, 4, 4), r"latents are \(1, 3, 4, 4\)"), ([1], r"latents \[1\]")],
+    )
+    def test_unusable_latents(self, pipe: CausalVideoPipeline, latents: Any, words: str) -> None:
+        with pytest.raises(InputError, match=words):
+            video(pipe, callback_on_step_end=lambda *args: {"latents": latents})
+
+    @pytest.mark.parametrize(
+        ("at", "latent_frames"), [(0, 0), (1, 3), (2, 3), (3, 6), (4, 6), (5, 9)], ids=str
+    )
+    def test_interrupted_after_a_step(self, pipe: CausalVideoPipeline, at: int, latent_frames: int) -> None:
+        """Whole chunks are kept; the next call is not interrupted."""
+        calls: list[int] = []
+
+        def stop(pipe: CausalVideoPipeline, step: int, t: int, tensors: dict[str, Tensor]) -> None:
+            calls.append(step)
+            if step == at:
+                pipe._interrupt = True
+
+        found = latents_of(pipe, num_frames=33, callback_on_step_end=stop)
+        assert calls == list(range(at + 1))
+        wanted = latents_of(pipe, num_frames=33)
+        assert found.shape[1] == latent_frames and torch.equal(found, wanted[:, :latent_frames])
+
+    @pytest.mark.parametrize("output_type", ["np", "pt", "pil"])
+    def test_interrupted_before_any_frame(self, pipe: CausalVideoPipeline, output_type: str) -> None:
+        def stop(pipe: CausalVideoPipeline, *args: Any) -> None:
+            pipe._interrupt = True
+
+        found = video(pipe, [PROMPT, OTHER], output_type=output_type, callback_on_step_end=stop)
+        assert found == [[], []] if output_type == "pil" else found.shape == (2, 0, HEIGHT, WIDTH, 3)
 
 
 class TestMistakes:
@@ -383,6 +452,7 @@ class TestMistakes:
             ({"seed": 1, "generator": generator()}, "either seed or generator"),
             ({"generator": [generator()]}, "generator is a list"),
             ({"output_type": "mp4"}, "output_type='mp4'"),
+            ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "prompt_embeds"),
             ({"latents": noise(1, 3, CHANNELS, 4, 5)}, r"latents are \(1, 3, 4, 4, 5\)"),
             ({"latents": noise(1, 6, CHANNELS, 4, 6)}, r"9 frames need \(1, 3, 4, 4, 6\)"),
             ({"latents": noise(2, 3, CHANNELS, 4, 6)}, "latents are"),

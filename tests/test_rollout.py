@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from vidkv.cache.kv_cache import State
 from vidkv.errors import CacheSpecError, CacheStateError, Cancelled, InputError, NumericsError, StateError
 from vidkv.models.wan import CausalWanTransformer3DModel
 from vidkv.noise import chunk_noise
-from vidkv.rollout import Chunk, Rollout
+from vidkv.rollout import Chunk, Rollout, _seconds
 from vidkv.schedule import FlowSchedule
 
 FORMATS = ("fp32", "bf16", "int8", "int8,keep_newest,keep_sinks,value_scale=channel")
@@ -188,6 +190,93 @@ class TestFork:
             found = [r.step_chunk() for r in rollouts]
             assert all(same([chunk], [wanted[i]]) for chunk in found)
             rollouts.append(rollouts[i % len(rollouts)].fork())
+
+    def test_dropped_forks_leave_no_memory_behind(self, model: CausalWanTransformer3DModel) -> None:
+        wanted = chunks_of(build_rollout(f"int8,{WINDOW}", transformer=model), 4)
+        rollout = build_rollout(f"int8,{WINDOW}", transformer=model)
+        chunks_of(rollout, 3)
+        sizes = []
+        for _ in range(5):
+            trial = rollout.fork()
+            assert same(chunks_of(trial, 1), wanted[3:])
+            del trial
+            with rollout.fork() as trial:
+                assert same(chunks_of(trial, 1), wanted[3:])
+            sizes.append(rollout.cache.nbytes)
+        assert len(set(sizes)) == 1
+        assert same(chunks_of(rollout, 1), wanted[3:])
+
+    def test_closed(self, model: CausalWanTransformer3DModel) -> None:
+        rollout = build_rollout(transformer=model, vae=build_vae())
+        chunks_of(rollout, 2)
+        saved, branch = rollout.state(), rollout.fork()
+        rollout.close()
+        rollout.close()
+        assert rollout.cache.nbytes == 0 and not rollout.window_latents
+        for act in (rollout.step_chunk, rollout.denoise, rollout.fork, lambda: rollout.restore(*saved)):
+            with pytest.raises(CacheStateError, match="closed"):
+                act()
+        fresh = build_rollout(transformer=model, vae=build_vae())
+        assert same(chunks_of(branch, 2), chunks_of(fresh, 4)[2:])
+
+
+class TestDenoise:
+    @pytest.mark.parametrize("format", FORMATS)
+    def test_then_append_is_a_step(self, model: CausalWanTransformer3DModel, format: str) -> None:
+        """However often it is looked at first."""
+        vae = build_vae()
+        wanted = chunks_of(build_rollout(f"{format},{WINDOW}", transformer=model, vae=vae), 5)
+        rollout = build_rollout(f"{format},{WINDOW}", transformer=model, vae=vae)
+        for chunk in wanted:
+            for _ in range(2):
+                latents = rollout.denoise()
+                assert (rollout.chunk, rollout.next_frame) == (chunk.index, chunk.start_frame)
+                assert torch.equal(latents, chunk.latents)
+                rollout.cache.check_integrity()
+            frames = rollout.append(latents)
+            assert frames is not None and torch.equal(frames, chunk.frames)
+
+    def test_stats_of_a_step_are_its_own(self, model: CausalWanTransformer3DModel) -> None:
+        rollout = build_rollout(f"int8,{WINDOW}", transformer=model)
+        rollout.step_chunk()
+        rollout.denoise()
+        # three passes over three pages in each of two layers
+        assert rollout.step_chunk().stats.pages_read == 18
+
+    def test_arguments(self, model: CausalWanTransformer3DModel) -> None:
+        own, calls = noise(1, 2, *LATENT_SIZE), []
+        rollout = build_rollout(transformer=model)
+        found = rollout.denoise(2, own, lambda chunk, step: calls.append((chunk, step)))
+        assert calls == [(0, 0), (0, 1)]
+        assert torch.equal(found, rollout.step_chunk(2, own).latents)
+
+    def test_a_changed_chunk_is_what_follows_from(self, model: CausalWanTransformer3DModel) -> None:
+        plain, changed = build_rollout(transformer=model), build_rollout(transformer=model)
+        plain.append(plain.denoise())
+        changed.append(changed.denoise().flip(-1))
+        assert relative_l2(changed.denoise(), plain.denoise()) > 1e-3
+
+
+class TestTimes:
+    def test_wait_for_the_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        waited: list[torch.device] = []
+        monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+        monkeypatch.setattr("vidkv.rollout.time.perf_counter", lambda: float(len(waited)))
+        gpu = torch.device("cuda", 1)
+        assert _seconds(gpu) == 1.0 and waited == [gpu]
+
+    def test_wait_for_nothing_on_a_cpu(
+        self, model: CausalWanTransformer3DModel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "synchronize", _fail)
+        build_rollout(transformer=model).step_chunk()
+
+    @pytest.mark.gpu
+    def test_every_measuring_point_waits(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        waited: list[torch.device] = []
+        monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+        build_rollout(transformer=build_transformer().cuda(), vae=build_vae().cuda()).step_chunk()
+        assert len(waited) == 4
 
 
 class TestAppend:
@@ -403,6 +492,63 @@ class TestInputs:
         assert same(chunks_of(rollout, 1), chunks_of(build_rollout(transformer=model), 1))
 
 
+def _swap(resident: list[Any]) -> None:
+    resident[2], resident[3] = resident[3], resident[2]
+
+
+DAMAGE: dict[str, tuple[str, Callable[[dict[str, Tensor], dict[str, Any]], object]]] = {
+    **{
+        f"no {name}": (f"no '{name}'", lambda t, h, name=name: h.pop(name))
+        for name in ("cache", "chunk", "seeds", "schedule", "window_frames")
+    },
+    **{
+        f"no cache {name}": (f"no '{name}'", lambda t, h, name=name: h["cache"].pop(name))
+        for name in ("spec", "resident", "next_frame", "mean_frozen")
+    },
+    **{
+        f"no {name}": (name.split(".", 1)[-1], lambda t, h, name=name: t.pop(name))
+        for name in (
+            "window_latents", "cache.pages.k", "cache.full.v", "cache.key_mean", "decoder.replicate",
+            "decoder.fed_frames", "decoder.feature.0", "decoder.feature.3",
+        )
+    },
+    "chunk of text": ("chunk is '3'", lambda t, h: h.update(chunk="3")),
+    "chunk too large": ("chunk is 10 after 9", lambda t, h: h.update(chunk=10)),
+    "two seeds": ("seeds are", lambda t, h: h.update(seeds=[7, 8])),
+    "a negative seed": ("seeds are", lambda t, h: h.update(seeds=[-1])),
+    "a broken seed": ("seeds are", lambda t, h: h.update(seeds=[1.5])),
+    "no shift": ("schedule has", lambda t, h: h["schedule"].pop("shift")),
+    "a rising schedule": ("schedule cannot", lambda t, h: h["schedule"].update(steps=[1, 5])),
+    "a schedule of text": ("schedule cannot", lambda t, h: h["schedule"].update(steps=["x"])),
+    "another window": ("window_frames are", lambda t, h: h["window_frames"].pop()),
+    "spec of text": ("spec is", lambda t, h: h["cache"].update(spec="int8")),
+    "unknown spec": ("settings cannot", lambda t, h: h["cache"]["spec"].update(format="int9")),
+    "duplicated frames": (
+        "out of order", lambda t, h: h["cache"]["resident"].__setitem__(3, h["cache"]["resident"][2])
+    ),
+    "unsorted frames": ("out of order", lambda t, h: _swap(h["cache"]["resident"])),
+    "too few frames": ("5 resident frames", lambda t, h: h["cache"]["resident"].pop()),
+    "too many frames": ("7 resident", lambda t, h: h["cache"]["resident"].insert(2, [2, "pages"])),
+    "future frames": ("the next one is 8", lambda t, h: h["cache"].update(next_frame=8)),
+    "a lost sink": (
+        "sink frames", lambda t, h: h["cache"]["resident"].__setitem__(slice(0, 3), [[2, "pages"]] * 1)
+    ),
+    "frames alone": ("not pairs", lambda t, h: h["cache"].update(resident=[0, 1])),
+    "another pool": ("attic", lambda t, h: h["cache"]["resident"][0].__setitem__(1, "attic")),
+    "the wrong pool": ("lies among", lambda t, h: h["cache"]["resident"][0].__setitem__(1, "full")),
+    "never frozen": ("mean_frozen", lambda t, h: h["cache"].update(mean_frozen=False)),
+    "pages of another type": (
+        "pages.k is", lambda t, h: t.update({"cache.pages.k": t["cache.pages.k"].float()})
+    ),
+    "window of another type": (
+        "window_latents is", lambda t, h: t.update(window_latents=t["window_latents"].double())
+    ),
+    "decoder of another size": (
+        "feature.3", lambda t, h: t.update({"decoder.feature.3": t["decoder.feature.3"].mT})
+    ),
+}  # fmt: skip
+
+
 class TestState:
     """In memory; files and other processes are in test_state."""
 
@@ -444,3 +590,41 @@ class TestState:
             target.restore(*source.state())
         wanted = chunks_of(build_rollout(transformer=model, vae=build_vae()), 1)
         assert same(chunks_of(target, 1), wanted)
+
+    @pytest.mark.parametrize(
+        ("name", "decoder"),
+        [(name, decoder) for name in DAMAGE for decoder in (False, True) if decoder or "decoder" not in name],
+    )
+    def test_a_corrupt_state_changes_nothing(
+        self, model: CausalWanTransformer3DModel, name: str, decoder: bool
+    ) -> None:
+        """What is wrong is named, and the refused rollout goes on bit for bit."""
+        vae = build_vae() if decoder else None
+        spec = f"int8,{WINDOW},keep_newest"
+        source = build_rollout(spec, transformer=model, vae=vae)
+        chunks_of(source, 3)
+        tensors, header = source.state()
+        header = deepcopy(header)
+        words, change = DAMAGE[name]
+        change(tensors, header)
+        target, undisturbed = (build_rollout(spec, transformer=model, vae=vae, seeds=[99]) for _ in range(2))
+        chunks_of(target, 1), chunks_of(undisturbed, 1)
+        with pytest.raises(StateError, match=words) as caught:
+            target.restore(tensors, header)
+        assert "\n" not in str(caught.value)
+        target.cache.check_integrity()
+        assert same(chunks_of(target, 3), chunks_of(undisturbed, 3))
+
+    @pytest.mark.parametrize("decoder", [False, True], ids=["latents", "decoded"])
+    def test_the_same_number_of_tokens_in_another_shape(
+        self, model: CausalWanTransformer3DModel, decoder: bool
+    ) -> None:
+        vae = build_vae() if decoder else None
+        source = build_rollout(transformer=model, vae=vae)
+        chunks_of(source, 2)
+        target, undisturbed = (
+            build_rollout(transformer=model, vae=vae, latent_size=(4, 6, 4)) for _ in range(2)
+        )
+        with pytest.raises(StateError, match=r"window_latents is .*model and size"):
+            target.restore(*source.state())
+        assert same(chunks_of(target, 2), chunks_of(undisturbed, 2))

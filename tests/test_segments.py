@@ -22,8 +22,10 @@ from vidkv.errors import InputError, OutputError
 from vidkv.segments import (
     SegmentWriter,
     check_output,
+    claim_folder,
     probe,
     read_metadata,
+    rescue_segments,
     segment_paths,
     write_video,
 )
@@ -300,6 +302,114 @@ class TestFolder:
             )
 
 
+class TestClaim:
+    def test_made_and_removed_with_its_leftovers_kept(self, tmp_path: Path) -> None:
+        folder = tmp_path / "s"
+        with claim_folder(folder):
+            writer = written(folder, (9,))
+        assert list(folder.iterdir()) == writer.paths()
+        with claim_folder(folder):
+            writer.drop_from(0)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_one_at_a_time(self, tmp_path: Path) -> None:
+        with claim_folder(tmp_path / "s"):
+            with pytest.raises(OutputError, match=r"another run is writing its segments to .*/s;"):
+                claim_folder(tmp_path / "s").__enter__()
+            with claim_folder(tmp_path / "t"):
+                pass
+        with claim_folder(tmp_path / "s"):
+            pass
+
+    def test_a_lock_file_deleted_by_the_run_before_is_no_lock(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def late(descriptor: int, operation: int) -> None:
+            (tmp_path / segments._LOCK_NAME).unlink()
+
+        monkeypatch.setattr(segments.fcntl, "flock", late)
+        with pytest.raises(OutputError, match="another run"):
+            claim_folder(tmp_path).__enter__()
+
+    def test_a_killed_run_holds_nothing(self, tmp_path: Path) -> None:
+        with _python(
+            """
+            import sys, time
+            from pathlib import Path
+            from vidkv.segments import claim_folder
+            with claim_folder(Path(sys.argv[1]) / "s"):
+                print("held", flush=True)
+                time.sleep(600)
+            """,
+            tmp_path,
+        ) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "held\n"
+            with pytest.raises(OutputError, match="another run"):
+                claim_folder(tmp_path / "s").__enter__()
+            process.kill()
+        with claim_folder(tmp_path / "s"):
+            pass
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        "name", ["notes.txt", "seg_1.ts", "seg_00000.ts.bak", ".hidden", "seg_00000.ts/x"]
+    )
+    def test_what_is_not_a_segment_is_refused_and_stays(self, tmp_path: Path, name: str) -> None:
+        foreign = tmp_path / "s" / name
+        foreign.parent.mkdir(parents=True)
+        foreign.write_text("mine")
+        with pytest.raises(OutputError, match="which vidkv did not write; move it away"):
+            claim_folder(tmp_path / "s").__enter__()
+        assert foreign.read_text() == "mine"
+        assert not (tmp_path / "s" / segments._LOCK_NAME).exists()
+
+    def test_a_folder_that_cannot_be(self, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        for folder in (tmp_path / "file", tmp_path / "file" / "s"):
+            with pytest.raises(OutputError, match="cannot create or use the segment folder"):
+                claim_folder(folder).__enter__()
+
+
+class TestRescue:
+    def test_nothing_to_rescue(self, tmp_path: Path) -> None:
+        (tmp_path / ".seg_00000.ts.tmp").touch()
+        assert rescue_segments(tmp_path, tmp_path / "o.mp4") is None
+        assert list(tmp_path.iterdir()) == []
+
+    def test_earlier_rescues_stay(self, tmp_path: Path) -> None:
+        names = []
+        for _ in range(3):
+            written(tmp_path / "s", (9, 12))
+            names.append(rescue_segments(tmp_path / "s", tmp_path / "o.mp4"))
+        assert names == [tmp_path / f"o.recovered{number}.mp4" for number in ("", 1, 2)]
+        assert [probe(path).frames for path in names if path] == [21] * 3
+
+    @pytest.mark.parametrize("bad", [0, 1])
+    @pytest.mark.parametrize("content", [b"", b"\0" * 1000, b"G" * 188 * 4], ids=["empty", "zeros", "syncs"])
+    def test_what_stands_before_an_unreadable_one(self, tmp_path: Path, bad: int, content: bytes) -> None:
+        written(tmp_path / "s", (9, 12, 12)).paths()[bad].write_bytes(content)
+        made = rescue_segments(tmp_path / "s", tmp_path / "o.mp4")
+        assert (indices(made) if made else []) == list(range(9 * bad))
+        assert list((tmp_path / "s").iterdir()) == []
+
+    def test_another_size_ends_it(self, tmp_path: Path) -> None:
+        large = SegmentWriter(tmp_path / "large", FPS, HEIGHT * 2, WIDTH)
+        writer = written(tmp_path / "s", (9, 12))
+        writer.paths()[1].write_bytes(large.write(0, coloured(0, 9, HEIGHT * 2)).read_bytes())
+        made = rescue_segments(tmp_path / "s", tmp_path / "o.mp4")
+        assert made and probe(made).frames == 9
+
+    def test_segments_stay_where_the_video_cannot_be_written(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        paths = written(tmp_path / "s", (9, 12)).paths()
+        monkeypatch.setattr(segments.os, "replace", _raise(errno.ENOSPC))
+        with pytest.raises(OutputError, match="are kept"):
+            rescue_segments(tmp_path / "s", tmp_path / "o.mp4")
+        assert sorted((tmp_path / "s").iterdir()) == paths
+
+
 class TestArguments:
     @pytest.mark.parametrize(("height", "width"), [(31, 48), (32, 47), (0, 48), (32, -2)])
     def test_odd_and_empty_sizes(self, tmp_path: Path, height: int, width: int) -> None:
@@ -495,7 +605,9 @@ class TestOutputCheck:
         with pytest.raises(OutputError, match="is not a folder"):
             check_output(tmp_path / "file" / "o.mp4")
 
-    @pytest.mark.parametrize("name", ["n" * 300 + ".mp4", "a\0b.mp4"], ids=["long", "nul"])
+    @pytest.mark.parametrize(
+        "name", ["n" * 300 + ".mp4", "n" * 242 + ".mp4", "a\0b.mp4"], ids=["long", "long beside", "nul"]
+    )
     def test_impossible_names(self, tmp_path: Path, name: str) -> None:
         with pytest.raises(OutputError, match="choose another"):
             check_output(tmp_path / name)

@@ -7,6 +7,7 @@
     ├── CheckpointError     weights or configuration missing, damaged or of the wrong shape
     ├── StateError          a saved rollout cannot be used here
     ├── OutputError         a file or folder cannot be written
+    ├── ResourceError       the machine has too little memory
     ├── CacheStateError     the cache was driven in an order its contract forbids
     ├── NumericsError       NaN or Inf in the latents
     └── Cancelled           the caller asked the rollout to stop
@@ -44,6 +45,10 @@ class StateError(VidkvError):
 
 class OutputError(VidkvError):
     """A file or folder cannot be written."""
+
+
+class ResourceError(VidkvError):
+    """The machine has too little memory."""
 
 
 class CacheStateError(VidkvError):

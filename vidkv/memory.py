@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import init_empty_weights
+from torch import nn
 
 from vidkv.cache import CacheGeometry, CacheSpec, planned_bytes
 from vidkv.errors import InputError
 from vidkv.models.registry import ModelEntry
+
+if TYPE_CHECKING:
+    from diffusers.models.modeling_utils import ModelMixin
 
 MERGE_BYTES = 4
 TIED_EMBEDDING = "encoder.embed_tokens.weight"
@@ -55,14 +60,35 @@ def plan_memory(
     Raises:
         InputError: a size that the model cannot make.
     """
-    latent_height, latent_width = latent_size(entry, height, width)
-    geometry = geometry_of(entry, latent_height, latent_width, batch)
-    kv = planned_bytes(spec, geometry, dtype)
-    weights = parameter_counts(entry.name)
-    transformer, vae, text = (count * dtype.itemsize for count in weights)
-    vae += _decoder_bytes(entry, height, width) * batch * dtype.itemsize
-    activation = _activation_bytes(entry, spec, geometry, dtype)
-    return MemoryPlan(kv, transformer, text, vae, activation, max(kv + transformer + vae + activation, text))
+    latent = latent_size(entry, height, width)
+    transformer, vae, _ = empty_models(entry.name)
+    counts = parameter_counts(entry.name)
+    weights = (counts[0] * dtype.itemsize, counts[1] * dtype.itemsize, counts[2] * dtype.itemsize)
+    features = _feature_elements(vae, *latent) * batch * dtype.itemsize
+    geometry = CacheGeometry.of_model(transformer.config, *latent, entry.chunk_frames, batch)
+    return _plan(weights, features, transformer.config, spec, geometry, dtype)
+
+
+def plan_loaded(
+    transformer: ModelMixin,
+    vae: ModelMixin,
+    text_encoder: nn.Module,
+    spec: CacheSpec,
+    latent: tuple[int, int],
+    chunk_frames: int,
+    batch: int = 1,
+) -> MemoryPlan:
+    """Plan a rollout of networks as they are loaded: their own sizes and precisions.
+
+    Args:
+        latent: rows and columns of a latent frame.
+    """
+    modules = (transformer, vae, text_encoder)
+    sizes = [sum(parameter.nbytes for parameter in module.parameters()) for module in modules]
+    features = _feature_elements(vae, *latent) * batch * vae.dtype.itemsize
+    geometry = CacheGeometry.of_model(transformer.config, *latent, chunk_frames, batch)
+    weights = (sizes[0], sizes[1], sizes[2])
+    return _plan(weights, features, transformer.config, spec, geometry, transformer.dtype)
 
 
 def latent_size(entry: ModelEntry, height: int, width: int) -> tuple[int, int]:
@@ -90,23 +116,9 @@ def spatial_stride(entry: ModelEntry) -> int:
     return int(entry.vae.get("scale_factor_spatial", 8))
 
 
-def geometry_of(entry: ModelEntry, latent_height: int, latent_width: int, batch: int = 1) -> CacheGeometry:
-    """Cache geometry of a registry entry (patches are 2x2)."""
-    heads = entry.transformer["num_attention_heads"]
-    return CacheGeometry(
-        layers=entry.transformer["num_layers"],
-        kv_heads=entry.transformer.get("num_key_value_heads") or heads,
-        head_dim=entry.transformer["attention_head_dim"],
-        height=latent_height // 2,
-        width=latent_width // 2,
-        chunk_frames=entry.chunk_frames,
-        batch=batch,
-    )
-
-
 @cache
-def parameter_counts(name: str) -> tuple[int, int, int]:
-    """Parameters of transformer, VAE and text encoder, counted on empty models."""
+def empty_models(name: str) -> tuple[ModelMixin, ModelMixin, nn.Module]:
+    """Transformer, VAE and text encoder of a registry entry without memory for their weights."""
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
     from transformers import UMT5Config, UMT5EncoderModel
 
@@ -115,51 +127,57 @@ def parameter_counts(name: str) -> tuple[int, int, int]:
 
     entry = MODELS[name]
     with init_empty_weights():
-        models = (
+        return (
             CausalWanTransformer3DModel(**entry.transformer),
             AutoencoderKLWan(**entry.vae),
             UMT5EncoderModel(UMT5Config(**entry.text)),
         )
+
+
+def parameter_counts(name: str) -> tuple[int, int, int]:
+    """Parameters of transformer, VAE and text encoder, counted on empty models."""
     counts = [
-        sum(p.numel() for name, p in model.named_parameters() if name != TIED_EMBEDDING) for model in models
+        sum(p.numel() for name, p in model.named_parameters() if name != TIED_EMBEDDING)
+        for model in empty_models(name)
     ]
     return counts[0], counts[1], counts[2]
 
 
-def _activation_bytes(entry: ModelEntry, spec: CacheSpec, g: CacheGeometry, dtype: torch.dtype) -> int:
+def _plan(
+    weights: tuple[int, int, int],
+    feature_bytes: int,
+    config: Any,
+    spec: CacheSpec,
+    geometry: CacheGeometry,
+    dtype: torch.dtype,
+) -> MemoryPlan:
+    """Sum up; weights are bytes of transformer, VAE and text encoder."""
+    transformer, vae, text = weights
+    vae += feature_bytes
+    kv = planned_bytes(spec, geometry, dtype)
+    activation = _activation_bytes(config, spec, geometry, dtype)
+    return MemoryPlan(kv, transformer, text, vae, activation, max(kv + transformer + vae + activation, text))
+
+
+def _activation_bytes(config: Any, spec: CacheSpec, g: CacheGeometry, dtype: torch.dtype) -> int:
     """The widest point of a block: residual stream, its float32 copies, q, k, v or the hidden layer.
 
     Plus the read path: one segment of keys and values decoded and turned, and two float32 partial
     outputs with the running one.
     """
-    heads, d = entry.transformer["num_attention_heads"], g.head_dim
+    heads, d = config.num_attention_heads, g.head_dim
     tokens, dim = g.batch * g.chunk_frames * g.tokens, heads * d
     stream = tokens * dim * (dtype.itemsize + 2 * MERGE_BYTES)
-    hidden = tokens * max(entry.transformer["ffn_dim"], 4 * dim) * dtype.itemsize
+    hidden = tokens * max(config.ffn_dim, 4 * dim) * dtype.itemsize
     segment = 3 * 2 * g.batch * spec.segment * g.tokens * g.kv_heads * d * dtype.itemsize
     current = 2 * tokens * g.kv_heads * d * dtype.itemsize
     partial = 3 * tokens * dim * MERGE_BYTES
     return int(stream + hidden + segment + current + partial)
 
 
-def _decoder_bytes(entry: ModelEntry, height: int, width: int) -> int:
-    """Elements of the VAE decoder's two-frame convolution caches, from its layer widths."""
-    from diffusers.models.autoencoders.autoencoder_kl_wan import (
-        AutoencoderKLWan,
-        WanCausalConv3d,
-        WanResample,
-    )
+def _feature_elements(vae: ModelMixin, rows: int, columns: int) -> int:
+    """Elements of the two frames that each convolution of the VAE's decoder keeps."""
+    from vidkv.models.vae import feature_shapes
 
-    with init_empty_weights():
-        decoder = AutoencoderKLWan(**entry.vae).decoder
-    patch = entry.vae.get("patch_size") or 1
-    stride = spatial_stride(entry)
-    rows, columns, elements = height // stride, width // stride, 0
-    for module in decoder.modules():
-        if isinstance(module, WanResample):
-            rows, columns = min(2 * rows, height // patch), min(2 * columns, width // patch)
-        if isinstance(module, WanCausalConv3d) and module.kernel_size[0] == 3:
-            # the resampler's own convolution, over time alone, runs before it enlarges
-            before = 4 if module.kernel_size[1] == 1 else 1
-            elements += 2 * module.in_channels * rows * columns // before
-    return elements
+    shapes = feature_shapes(vae)
+    return sum(2 * channels * int(rows * scale) * int(columns * scale) for channels, scale, _ in shapes)

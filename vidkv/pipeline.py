@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
@@ -20,18 +19,21 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from vidkv.cache import CacheSpec
-from vidkv.errors import CheckpointError, InputError
-from vidkv.memory import MemoryPlan, latent_size, pixel_size, plan_memory
+from vidkv.errors import Cancelled, CheckpointError, InputError
+from vidkv.memory import MemoryPlan, latent_size, pixel_size, plan_loaded
 from vidkv.models.checkpoints import read_json, verify
-from vidkv.models.registry import MODELS, ModelEntry, canonical_prompt, weights_folder
+from vidkv.models.registry import MODELS, ModelEntry, canonical_prompt, contrast_prompt, weights_folder
 from vidkv.models.text import encode_prompts
 from vidkv.models.vae import StreamingDecoder, pixel_frames
 from vidkv.models.wan import CausalWanTransformer3DModel, TextContext
 from vidkv.prompts import PromptLike, PromptSchedule
-from vidkv.rollout import Chunk, OnStep, Rollout
+from vidkv.rollout import Chunk, EditStep, OnStep, Rollout
 from vidkv.schedule import FlowSchedule
 
 MAX_SECONDS = 24 * 3600.0
+
+Callback = Callable[[Any, int, int, dict[str, Any]], Mapping[str, Any] | None]
+"""diffusers' `callback_on_step_end`: (pipeline, step, timestep, tensors) to changed tensors."""
 
 
 @dataclass
@@ -57,11 +59,13 @@ class CausalVideoPipeline(DiffusionPipeline):
     Args:
         transformer, vae, text_encoder, tokenizer: the parts.
         model: registry name of the architecture and its defaults.
-        steps, shift, warp, first_chunk_steps, sampler: see `FlowSchedule`.
+        steps, shift, warp, first_chunk_steps, sampler, first_chunk_guidance, guided_down_to: see
+            `FlowSchedule`.
         prompt_grammar: how prompts are checked and respelled; None for free text.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _callback_tensor_inputs = ("latents",)
 
     def __init__(
         self,
@@ -75,6 +79,8 @@ class CausalVideoPipeline(DiffusionPipeline):
         warp: bool = True,
         first_chunk_steps: list[int] | None = None,
         sampler: str = "renoise",
+        first_chunk_guidance: float = 1.0,
+        guided_down_to: float = 0.0,
         prompt_grammar: str | None = None,
     ) -> None:
         super().__init__()
@@ -88,12 +94,15 @@ class CausalVideoPipeline(DiffusionPipeline):
             warp=warp,
             first_chunk_steps=list(first_chunk_steps) if first_chunk_steps else None,
             sampler=sampler,
+            first_chunk_guidance=first_chunk_guidance,
+            guided_down_to=guided_down_to,
             prompt_grammar=prompt_grammar,
         )
         if model not in MODELS:
             raise InputError(f"model {model!r} is unknown; the registry has {', '.join(MODELS)}")
         # settings that cannot be used are refused now, not in the middle of a video
         canonical_prompt(prompt_grammar), self.schedule
+        self._interrupt = False
 
     @classmethod
     def from_pretrained(cls, model: str | Path = "bounce", **kwargs: Any) -> CausalVideoPipeline:
@@ -139,6 +148,8 @@ class CausalVideoPipeline(DiffusionPipeline):
             warp=self.config.warp,
             first_chunk_steps=tuple(first) if first else None,
             sampler=self.config.sampler,
+            first_chunk_guidance=self.config.first_chunk_guidance,
+            guided_down_to=self.config.guided_down_to,
         )
 
     def default_cache(self) -> CacheSpec:
@@ -153,10 +164,12 @@ class CausalVideoPipeline(DiffusionPipeline):
         self, height: int | None = None, width: int | None = None, cache: CacheSpec | str | None = None,
         batch: int = 1,
     ) -> MemoryPlan:  # fmt: skip
-        """Bytes that a rollout of this size needs, before it starts."""
-        entry = self.entry
-        spec = self._spec(cache)
-        return plan_memory(entry, spec, *pixel_size(entry, height, width), batch, self.transformer.dtype)
+        """Bytes that a rollout of this size needs with this pipeline's networks, before it starts."""
+        latent = latent_size(self.entry, *pixel_size(self.entry, height, width))
+        return plan_loaded(
+            self.transformer, self.vae, self.text_encoder, self._spec(cache), latent,
+            self.entry.chunk_frames, batch,
+        )  # fmt: skip
 
     @torch.no_grad()
     def __call__(
@@ -166,6 +179,8 @@ class CausalVideoPipeline(DiffusionPipeline):
         width: int | None = None,
         num_frames: int = 81,
         num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | None = None,
         generator: torch.Generator | None = None,
         seed: int | None = None,
         prompt_embeds: Tensor | None = None,
@@ -173,7 +188,8 @@ class CausalVideoPipeline(DiffusionPipeline):
         cache: CacheSpec | str | None = None,
         output_type: Literal["np", "pt", "pil", "latent"] = "np",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[Any, int, int, dict[str, Any]], dict[str, Any]] | None = None,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> CausalVideoOutput | tuple[Any]:
         """Generate a whole video; arguments as for diffusers' video pipelines.
 
@@ -181,10 +197,22 @@ class CausalVideoPipeline(DiffusionPipeline):
             prompt: a text, a schedule of (second, text), or one text per batch element.
             num_frames: pixel frames; the rollout runs whole chunks and the surplus is cut off.
             num_inference_steps: evenly spaced steps instead of the model's own schedule.
+            guidance_scale: classifier-free guidance of the first chunk, 1 for none, instead of the model's
+                own; later chunks follow their history and are not guided.
+            negative_prompt: what guidance leads away from; by default a contrast to the prompt. With
+                `prompt_embeds` nothing is guided.
             generator, seed: the seed; of a generator its initial seed is taken.
             prompt_embeds: (batch, tokens, width) instead of a prompt.
             latents: initial noise (batch, latent frames, c, h, w) of all chunks instead of the seed's.
-            callback_on_step_end: called with (pipeline, step counted over the video, timestep, {}).
+            callback_on_step_end: called with (pipeline, step counted over the video, timestep, tensors) after
+                each denoising step. `tensors["latents"]` are the current chunk's after that step (batch,
+                latent frames, c, h, w); if it returns a dictionary with `latents`, those go on instead.
+            callback_on_step_end_tensor_inputs: what `tensors` holds: `latents`, or nothing.
+
+        `pipe._interrupt = True`, set in the callback or by another thread, ends the call after the current
+        step. Chunks that are fully denoised by then are returned, cut to `num_frames`; a chunk with steps
+        still to go is dropped, not decoded from noise as diffusers does, so that before the end of the
+        first chunk there are no frames. Each call starts with it False; `stream` does not look at it.
 
         Raises:
             InputError: a value that cannot be used, named in the message.
@@ -193,17 +221,32 @@ class CausalVideoPipeline(DiffusionPipeline):
             raise InputError(f"output_type={output_type!r}; choose np, pt, pil or latent")
         if num_frames is None:
             raise InputError("num_frames is missing; a video without an end is for stream()")
-        on_step = None
-        if callback_on_step_end:
-            on_step = self._diffusers_callback(callback_on_step_end, self._schedule(num_inference_steps))
-        chunks = list(
-            self.stream(
-                prompt, height, width, num_frames=num_frames, num_inference_steps=num_inference_steps,
-                generator=generator, seed=seed, prompt_embeds=prompt_embeds, latents=latents, cache=cache,
-                decode=output_type != "latent", on_step=on_step,
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise InputError(
+                f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; there is only 'latents'"
             )
+        prompts, rollout = self._begin(
+            prompt, height, width, num_frames, self._schedule(num_inference_steps, guidance_scale), generator,
+            seed, prompt_embeds, latents, cache, decode=output_type != "latent",
         )  # fmt: skip
-        frames = _collect(chunks, output_type)
+        edit = self._after_step(rollout, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        self._interrupt = False
+        rows, columns = pixel_size(self.entry, height, width)
+        if output_type == "latent":
+            none = torch.empty(len(rollout.seeds), 0, *rollout.latent_size, dtype=rollout.dtype)
+        else:
+            none = torch.empty(len(rollout.seeds), 0, rows, columns, 3, dtype=torch.uint8)
+        chunks: list[Chunk] = []
+        try:
+            for chunk in self._chunks(rollout, prompts, negative_prompt, num_frames, latents, edit=edit):
+                chunks.append(chunk)
+                if self._interrupt:
+                    break
+        except _Interrupted:
+            # it stands before the chunk that was dropped; the chunks before it are whole
+            pass
+        frames = _collect(chunks, output_type, none.to(rollout.device))
         self.maybe_free_model_hooks()
         return CausalVideoOutput(frames=frames) if return_dict else (frames,)
 
@@ -215,6 +258,8 @@ class CausalVideoPipeline(DiffusionPipeline):
         *,
         num_frames: int | None = None,
         num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | None = None,
         generator: torch.Generator | None = None,
         seed: int | None = None,
         prompt_embeds: Tensor | None = None,
@@ -228,22 +273,18 @@ class CausalVideoPipeline(DiffusionPipeline):
         Arguments as for `__call__`; without `num_frames` the stream is endless. The last chunk is cut to
         the frames asked for. Closing the iterator ends the rollout.
         """
-        prompts = _schedules(prompt, prompt_embeds, canonical_prompt(self.config.prompt_grammar))
-        rollout = self.rollout(
-            height, width, num_inference_steps=num_inference_steps, seed=_seed(seed, generator),
-            batch=len(prompts) if prompts else _batch(prompt_embeds), cache=cache, decode=decode,
+        prompts, rollout = self._begin(
+            prompt, height, width, num_frames, self._schedule(num_inference_steps, guidance_scale), generator,
+            seed, prompt_embeds, latents, cache, decode,
         )  # fmt: skip
-        if prompt_embeds is not None:
-            rollout.set_text(self.text_context(prompt_embeds))
-        _check_latents(latents, num_frames, rollout)
-        return self._chunks(rollout, prompts, num_frames, latents, on_step)
+        return self._chunks(rollout, prompts, negative_prompt, num_frames, latents, on_step)
 
     def rollout(
         self,
         height: int | None = None,
         width: int | None = None,
         *,
-        num_inference_steps: int | None = None,
+        schedule: FlowSchedule | None = None,
         seed: int = 0,
         batch: int = 1,
         seeds: Sequence[int] | None = None,
@@ -257,7 +298,7 @@ class CausalVideoPipeline(DiffusionPipeline):
             self.transformer,
             TextContext([], []),
             self._spec(cache),
-            self._schedule(num_inference_steps),
+            schedule or self.schedule,
             (self.transformer.config.in_channels, rows, columns),
             [seed + i for i in range(batch)] if seeds is None else seeds,
             entry.chunk_frames,
@@ -269,6 +310,26 @@ class CausalVideoPipeline(DiffusionPipeline):
         """Cross-attention context of one prompt per batch element."""
         self.text_encoder.to(self.transformer.device)
         return self.text_context(encode_prompts(self.tokenizer, self.text_encoder, prompts))
+
+    def set_prompt(
+        self, rollout: Rollout, prompts: Sequence[str], negative_prompt: str | None = None
+    ) -> None:
+        """Give a rollout one prompt per batch element from its next chunk on.
+
+        Args:
+            prompts: spelled as the model wants them.
+            negative_prompt: what guidance leads away from, if the schedule guides the next chunk; by
+                default the model's own contrast to each prompt.
+        """
+        negative = None
+        if rollout.schedule.guidance(rollout.chunk, 1.0) != 1:
+            grammar = self.config.prompt_grammar
+            if negative_prompt is not None:
+                wanted = [canonical_prompt(grammar)(negative_prompt)] * len(prompts)
+            else:
+                wanted = [contrast_prompt(grammar)(prompt) for prompt in prompts]
+            negative = self.encode_prompt(wanted)
+        rollout.set_text(self.encode_prompt(prompts), negative)
 
     @torch.no_grad()
     def text_context(self, embeds: Tensor) -> TextContext:
@@ -284,9 +345,27 @@ class CausalVideoPipeline(DiffusionPipeline):
         """When the first frame of a chunk is shown."""
         return pixel_frames(chunk * self.entry.chunk_frames) / self.fps
 
+    def _begin(
+        self, prompt: PromptLike | list[str] | None, height: int | None, width: int | None,
+        num_frames: int | None, schedule: FlowSchedule, generator: torch.Generator | None,
+        seed: int | None, prompt_embeds: Tensor | None, latents: Tensor | None,
+        cache: CacheSpec | str | None, decode: bool,
+    ) -> tuple[list[PromptSchedule], Rollout]:  # fmt: skip
+        """Check all arguments; the prompts of every batch element and a rollout before its first chunk."""
+        prompts = _schedules(prompt, prompt_embeds, canonical_prompt(self.config.prompt_grammar))
+        rollout = self.rollout(
+            height, width, schedule=schedule, seed=_seed(seed, generator),
+            batch=len(prompts) if prompts else _batch(prompt_embeds), cache=cache, decode=decode,
+        )  # fmt: skip
+        if prompt_embeds is not None:
+            rollout.set_text(self.text_context(prompt_embeds))
+        _check_latents(latents, num_frames, rollout)
+        return prompts, rollout
+
     def _chunks(
-        self, rollout: Rollout, prompts: list[PromptSchedule], num_frames: int | None,
-        latents: Tensor | None, on_step: OnStep | None,
+        self, rollout: Rollout, prompts: list[PromptSchedule], negative_prompt: str | None,
+        num_frames: int | None, latents: Tensor | None, on_step: OnStep | None = None,
+        edit: EditStep | None = None,
     ) -> Iterator[Chunk]:  # fmt: skip
         shown, texts = 0, None
         # tqdm takes infinity for unknown; diffusers takes None for a mistake
@@ -297,12 +376,12 @@ class CausalVideoPipeline(DiffusionPipeline):
             while num_frames is None or shown < num_frames:
                 wanted = [schedule.at(self.chunk_second(rollout.chunk)) for schedule in prompts]
                 if wanted and wanted != texts:
-                    rollout.set_text(self.encode_prompt(wanted))
+                    self.set_prompt(rollout, wanted, negative_prompt)
                     texts = wanted
                 noise = None
                 if latents is not None:
                     noise = latents[:, rollout.next_frame : rollout.next_frame + rollout.chunk_frames]
-                chunk = rollout.step_chunk(noise=noise, on_step=on_step)
+                chunk = rollout.step_chunk(noise=noise, on_step=on_step, edit=edit)
                 if chunk.frames is not None and num_frames is not None:
                     chunk = replace(chunk, frames=chunk.frames[:, : num_frames - shown])
                 shown = pixel_frames(rollout.next_frame)
@@ -314,16 +393,42 @@ class CausalVideoPipeline(DiffusionPipeline):
             return self.default_cache()
         return CacheSpec.parse(cache) if isinstance(cache, str) else cache
 
-    def _schedule(self, num_inference_steps: int | None) -> FlowSchedule:
-        return self.schedule if num_inference_steps is None else self.schedule.with_steps(num_inference_steps)
+    def _schedule(self, num_inference_steps: int | None, guidance_scale: float | None) -> FlowSchedule:
+        schedule = self.schedule
+        if num_inference_steps is not None:
+            schedule = schedule.with_steps(num_inference_steps)
+        if guidance_scale is not None:
+            schedule = replace(schedule, first_chunk_guidance=guidance_scale)
+        return schedule
 
-    def _diffusers_callback(self, callback: Callable[..., Any], schedule: FlowSchedule) -> OnStep:
-        counter = itertools.count()
+    def _after_step(
+        self, rollout: Rollout, callback: Callback | None, tensor_inputs: Sequence[str]
+    ) -> EditStep:
+        """diffusers' callback and interruption as what a rollout calls after each step."""
+        done = 0
 
-        def on_step(chunk: int, step: int) -> None:
-            callback(self, next(counter), round(1000 * schedule.sigmas(chunk)[step]), {})
+        def edit(chunk: int, step: int, latents: Tensor) -> Tensor:
+            nonlocal done
+            sigmas = rollout.schedule.sigmas(chunk)
+            if callback:
+                tensors = {"latents": latents} if "latents" in tensor_inputs else {}
+                changed = callback(self, done, round(1000 * sigmas[step]), tensors) or {}
+                latents = changed.get("latents", latents)
+                if not isinstance(latents, Tensor):
+                    raise InputError(
+                        f"callback_on_step_end returned latents {latents!r:.60}; return a tensor of the "
+                        "shape it was given"
+                    )
+            done += 1
+            if self._interrupt and step + 1 < len(sigmas):
+                raise _Interrupted(f"interrupted after step {step} of chunk {chunk}")
+            return latents
 
-        return on_step
+        return edit
+
+
+class _Interrupted(Cancelled):
+    """`_interrupt` was set in the middle of a chunk."""
 
 
 def find_model(model: str | Path) -> Path:
@@ -367,10 +472,11 @@ def chunks_for(num_frames: int, chunk_frames: int, temporal_scale: int = 4) -> i
     return -(-(num_frames + temporal_scale - 1) // (temporal_scale * chunk_frames))
 
 
-def _collect(chunks: list[Chunk], output_type: str) -> Any:
+def _collect(chunks: list[Chunk], output_type: str, none: Tensor) -> Any:
+    """Chunks behind each other; `none` is what no chunk gives."""
     if output_type == "latent":
-        return torch.cat([chunk.latents for chunk in chunks], 1)
-    frames = torch.cat([chunk.frames for chunk in chunks if chunk.frames is not None], 1).cpu()
+        return torch.cat([none, *(chunk.latents for chunk in chunks)], 1)
+    frames = torch.cat([none, *(chunk.frames for chunk in chunks if chunk.frames is not None)], 1).cpu()
     if output_type == "pt":
         return frames
     if output_type == "np":
@@ -405,7 +511,7 @@ def _seed(seed: int | None, generator: torch.Generator | None) -> int:
     if seed is not None and not isinstance(seed, Integral):
         raise InputError(f"seed={seed!r}: give a whole number")
     if generator is not None:
-        return generator.initial_seed() % 2**63
+        return generator.initial_seed() % 2**64
     return 0 if seed is None else seed
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from numbers import Integral
+from types import TracebackType
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from vidkv.attention import CachedAttention
 from vidkv.cache import CacheGeometry, CacheSpec, KVCache
+from vidkv.cache.saved import check_tensor, entry, whole_numbers
 from vidkv.errors import InputError, NumericsError, StateError
 from vidkv.models.wan import CausalWanTransformer3DModel, TextContext
 from vidkv.noise import chunk_noise
@@ -26,7 +28,7 @@ class Decoder(Protocol):
     def flush(self) -> Tensor: ...
     def reset(self) -> None: ...
     def state(self) -> dict[str, Tensor]: ...
-    def restore(self, state: Mapping[str, Tensor]) -> None: ...
+    def restore(self, state: Mapping[str, Tensor], grid: tuple[int, int, int] | None = None) -> None: ...
     def copy(self) -> Decoder: ...
 
 
@@ -75,6 +77,9 @@ class Chunk:
 OnStep = Callable[[int, int], None]
 """Called after each denoising step with (chunk, step); may raise `Cancelled` to stop."""
 
+EditStep = Callable[[int, int, Tensor], Tensor]
+"""Called after each denoising step with (chunk, step, latents (b, f, c, h, w)); what it returns goes on."""
+
 
 class Rollout:
     """A video in the making: cache, schedule, noise, decoder state and frame counter.
@@ -113,6 +118,7 @@ class Rollout:
         if not seeds:
             raise InputError("give at least one seed: there is one per batch element")
         self.transformer, self.text, self.schedule = transformer, text, schedule
+        self.negative: TextContext | None = None
         self.latent_size, self.chunk_frames = latent_size, chunk_frames
         self.seeds = tuple(int(seed) for seed in seeds)
         self.decoder = decoder
@@ -127,43 +133,45 @@ class Rollout:
         """Latent frames so far."""
         return self.cache.layout.next_frame
 
-    def set_text(self, text: TextContext) -> None:
-        """Use another prompt from the next chunk on; the cache stays (strategy `keep`)."""
-        self.text = text
+    def set_text(self, text: TextContext, negative: TextContext | None = None) -> None:
+        """Use another prompt from the next chunk on; the cache stays (strategy `keep`).
+
+        Args:
+            negative: what the schedule's guidance leads away from; without one no step is guided.
+        """
+        self.text, self.negative = text, negative
 
     @torch.no_grad()
     def step_chunk(
-        self, frames: int | None = None, noise: Tensor | None = None, on_step: OnStep | None = None
+        self,
+        frames: int | None = None,
+        noise: Tensor | None = None,
+        on_step: OnStep | None = None,
+        edit: EditStep | None = None,
     ) -> Chunk:
-        """Generate the next chunk.
+        """Generate the next chunk: `denoise`, clean pass, decode.
 
         Args:
             frames: latent frames; by default a full chunk.
             noise: initial noise (b, f, c, h, w) instead of the seed's.
             on_step: called after every denoising step.
+            edit: called after every denoising step; may change the latents.
 
         Raises:
             Cancelled: from `on_step`; the rollout stands before this chunk and can go on.
+            InputError: noise, or latents that `edit` returned, not of this rollout's shape; likewise.
             NumericsError: NaN or Inf in the chunk; likewise, unless they appear in the clean pass only:
                 then the cache is broken and the way back is `restore`.
         """
-        frames = self.chunk_frames if frames is None else frames
         read_before = self.cache.pages_read, self.cache.lossy_pages_read
-        started = time.perf_counter()
-        if noise is not None:
-            self._check_shape(noise, frames)
-        self.cache.begin(frames)
-        try:
-            latents = self._denoise(frames, noise, on_step)
-        except BaseException:
-            self.cache.abandon()
-            raise
-        denoised = time.perf_counter()
+        started = _seconds(self.device)
+        latents = self.denoise(frames, noise, on_step, edit)
+        denoised = _seconds(self.device)
         start_frame = self.next_frame
         self._commit(latents)
-        committed = time.perf_counter()
+        committed = _seconds(self.device)
         pixels = self.decoder.feed(latents) if self.decoder else None
-        finished = time.perf_counter()
+        finished = _seconds(self.device)
         stats = ChunkStats(
             denoise_s=denoised - started,
             commit_s=committed - denoised,
@@ -177,6 +185,33 @@ class Rollout:
         return Chunk(self.chunk - 1, start_frame, latents, pixels, stats)
 
     @torch.no_grad()
+    def denoise(
+        self,
+        frames: int | None = None,
+        noise: Tensor | None = None,
+        on_step: OnStep | None = None,
+        edit: EditStep | None = None,
+    ) -> Tensor:
+        """The next chunk's clean latents, not committed: the rollout stands before this chunk as it did.
+
+            latents = rollout.denoise()             # look at them, or change them
+            frames = rollout.append(change(latents))
+
+        Arguments and errors as for `step_chunk`.
+
+        Returns:
+            (b, f, c, h, w).
+        """
+        frames = self.chunk_frames if frames is None else frames
+        if noise is not None:
+            self._check_shape(noise, frames)
+        self.cache.begin(frames)
+        try:
+            return self._denoise(frames, noise, on_step, edit)
+        finally:
+            self.cache.abandon()
+
+    @torch.no_grad()
     def append(self, latents: Tensor) -> Tensor | None:
         """Commit given clean latents (b, f, c, h, w) as the next chunk: a prefix or an extension.
 
@@ -187,18 +222,42 @@ class Rollout:
         self._check_shape(latents, latents.shape[1] if latents.ndim == 5 else self.chunk_frames)
         latents = latents.to(self.device, self.dtype)
         self._check_finite(latents)
-        self.cache.begin(latents.shape[1])
         self._commit(latents)
         return self.decoder.feed(latents) if self.decoder else None
 
     def fork(self) -> Rollout:
-        """A second rollout with the same history; pages are shared until each has moved on."""
+        """A second rollout with the same history; pages are shared until each has moved on.
+
+            with rollout.fork() as trial:
+                preview = trial.step_chunk()
+
+        Its part of the memory is free for the next fork when it is closed or dropped.
+        """
         other = Rollout(
             self.transformer, self.text, self.cache.spec, self.schedule, self.latent_size, self.seeds,
             self.chunk_frames, self.decoder.copy() if self.decoder else None, self.cache.fork(),
         )  # fmt: skip
+        other.negative = self.negative
         other.chunk, other.window_latents = self.chunk, dict(self.window_latents)
         return other
+
+    def close(self) -> None:
+        """Let go of the cache and the decoder's memory, for good; forks go on. Twice is once."""
+        self.cache.close()
+        self.window_latents = {}
+        if self.decoder:
+            self.decoder.reset()
+
+    def __enter__(self) -> Rollout:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and a JSON-able header that `restore` turns back into this rollout, bit for bit.
@@ -224,40 +283,69 @@ class Rollout:
         """Become the rollout that `state` described.
 
         Raises:
-            StateError: it does not fit this rollout; nothing has changed.
+            StateError: it does not fit this rollout or is damaged; nothing has changed.
+            CacheStateError: the rollout is closed.
         """
         if self.decoder and not _under("decoder.", tensors):
             raise StateError("the state was saved without a decoder; restore it into a rollout without one")
-        chunk, seeds, frames = header["chunk"], tuple(header["seeds"]), header["window_frames"]
-        levels: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in header["schedule"].items()
-        }
-        schedule = FlowSchedule(**levels)
-        kept = tensors["window_latents"].to(self.device, copy=True).unbind(1) if frames else ()
-        window_latents = dict(zip(frames, kept, strict=True))
-        self.cache.restore(_under("cache.", tensors), header["cache"])
+        cache_tensors, cache = _under("cache.", tensors), entry(header, "cache", dict)
+        self.cache.check_state(cache_tensors, cache)
+        chunk, seeds = entry(header, "chunk", int), tuple(whole_numbers(header, "seeds"))
+        schedule = _schedule(entry(header, "schedule", dict))
+        if len(seeds) != len(self.seeds) or not all(0 <= seed < 2**64 for seed in seeds):
+            raise StateError(f"the saved seeds are {seeds!s:.60}, this rollout needs {len(self.seeds)}")
+        if not chunk <= cache["next_frame"] <= chunk * self.chunk_frames:
+            raise StateError(
+                f"the saved chunk is {chunk} after {cache['next_frame']} latent frames, with at most "
+                f"{self.chunk_frames} a chunk"
+            )
+        frames, resident = whole_numbers(header, "window_frames"), [frame for frame, _ in cache["resident"]]
+        if frames != resident:
+            raise StateError(f"the saved window_frames are {frames!s:.60}, its pages are of {resident!s:.60}")
+        kept: Sequence[Tensor] = ()
+        if frames:
+            channels, height, width = self.latent_size
+            shape = (len(seeds), len(frames), channels, height, width)
+            check_tensor(tensors, "window_latents", shape, self.dtype)
+            kept = tensors["window_latents"].to(self.device, copy=True).unbind(1)
         if self.decoder:
-            self.decoder.restore(_under("decoder.", tensors))
-        self.chunk, self.seeds, self.schedule, self.window_latents = chunk, seeds, schedule, window_latents
+            self.decoder.restore(_under("decoder.", tensors), (len(seeds), *self.latent_size[1:]))
+        self.cache.restore(cache_tensors, cache)
+        self.chunk, self.seeds, self.schedule = chunk, seeds, schedule
+        self.window_latents = dict(zip(frames, kept, strict=True))
 
-    def _denoise(self, frames: int, noise: Tensor | None, on_step: OnStep | None) -> Tensor:
+    def _denoise(
+        self, frames: int, noise: Tensor | None, on_step: OnStep | None, edit: EditStep | None
+    ) -> Tensor:
         sigmas = self.schedule.sigmas(self.chunk)
         attention = CachedAttention(self.cache)
         x = self._noise(0, frames) if noise is None else noise.to(self.device, self.dtype)
         for step, (sigma, next_sigma) in enumerate(zip(sigmas, (*sigmas[1:], 0.0), strict=True)):
-            flow = self.transformer(x, self._timestep(sigma, frames), self.text, attention)
+            flow = self._flow(x, sigma, attention)
             fresh = None
             if next_sigma and self.schedule.sampler == "renoise":
                 fresh = self._noise(step + 1, frames)
             x = self.schedule.advance(x, flow, sigma, next_sigma, fresh)
+            if edit:
+                x = edit(self.chunk, step, x)
+                self._check_shape(x, frames)
+                x = x.to(self.device, self.dtype)
             if on_step:
                 on_step(self.chunk, step)
         self._check_finite(x)
         return x
 
+    def _flow(self, x: Tensor, sigma: float, attention: CachedAttention) -> Tensor:
+        timestep = self._timestep(sigma, x.shape[1])
+        flow = self.transformer(x, timestep, self.text, attention)
+        scale = self.schedule.guidance(self.chunk, sigma)
+        if scale == 1 or self.negative is None:
+            return flow
+        return torch.lerp(self.transformer(x, timestep, self.negative, attention), flow, scale)
+
     def _commit(self, latents: Tensor) -> None:
         start = self.next_frame
+        self.cache.begin(latents.shape[1])
         attention = CachedAttention(self.cache, commit=True)
         with self.cache.committing():
             # not needed for itself, but NaN in any layer's keys or values reaches it
@@ -286,3 +374,24 @@ class Rollout:
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _schedule(saved: Mapping[str, Any]) -> FlowSchedule:
+    """The schedule that `asdict` wrote."""
+    names = {field.name for field in fields(FlowSchedule)}
+    if set(saved) != names:
+        raise StateError(f"the saved schedule has {sorted(saved)}, this vidkv knows {sorted(names)}")
+    levels: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()
+    }
+    try:
+        return FlowSchedule(**levels)
+    except (TypeError, ValueError) as error:
+        raise StateError(f"the saved schedule cannot be used: {error}") from None
+
+
+def _seconds(device: torch.device) -> float:
+    """The time once the device has done all it was given: GPU kernels run behind the calls."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
@@ -28,6 +28,9 @@ class FlowSchedule:
         first_chunk_steps: marks of chunk 0, which has no history to lean on; None: the same.
         sampler: `renoise` mixes the estimate with fresh noise at the next level (stock few-step code);
             `euler` follows the probability-flow ODE and draws no further noise.
+        first_chunk_guidance: classifier-free guidance scale of chunk 0, which alone has nothing but the
+            prompt to go by: v = v_negative + scale (v_prompt - v_negative) (arXiv 2207.12598). 1 is off.
+        guided_down_to: noise level below which steps are unguided (limited interval, arXiv 2404.07724).
     """
 
     steps: tuple[int, ...] = (1000, 750, 500, 250)
@@ -35,6 +38,8 @@ class FlowSchedule:
     warp: bool = True
     first_chunk_steps: tuple[int, ...] | None = None
     sampler: Literal["renoise", "euler"] = "renoise"
+    first_chunk_guidance: float = 1.0
+    guided_down_to: float = 0.0
 
     def __post_init__(self) -> None:
         for marks in (self.steps, self.first_chunk_steps or self.steps):
@@ -45,6 +50,12 @@ class FlowSchedule:
                 )
         if not 0 < self.shift < math.inf:
             raise InputError(f"timestep shift {self.shift} must be positive and finite")
+        if not 1 <= self.first_chunk_guidance < math.inf:
+            raise InputError(
+                f"guidance scale {self.first_chunk_guidance} must be finite and at least 1 (off)"
+            )
+        if not 0 <= self.guided_down_to <= 1:
+            raise InputError(f"guided_down_to={self.guided_down_to} must lie between 0 and 1")
         if self.sampler not in ("renoise", "euler"):
             raise InputError(f"sampler {self.sampler!r} is unknown; samplers are renoise, euler")
 
@@ -53,7 +64,12 @@ class FlowSchedule:
         if not 1 <= number <= TRAIN_TIMESTEPS:
             raise InputError(f"num_inference_steps={number} must lie between 1 and {TRAIN_TIMESTEPS}")
         marks = tuple(round(TRAIN_TIMESTEPS * (1 - i / number)) for i in range(number))
-        return FlowSchedule(marks, self.shift, self.warp, None, self.sampler)
+        return replace(self, steps=marks, first_chunk_steps=None)
+
+    def guidance(self, chunk: int, sigma: float) -> float:
+        """Guidance scale of one step."""
+        guided = chunk == 0 and sigma >= self.guided_down_to
+        return self.first_chunk_guidance if guided else 1.0
 
     def sigmas(self, chunk: int) -> tuple[float, ...]:
         """Noise levels of a chunk, from its first step to its last; the timestep is 1000 sigma."""

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import io
 import itertools
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -45,6 +47,9 @@ FREE_MARGIN_BYTES = 64 * 2**20
 _BT601 = 6
 _LIMITED_RANGE = 1
 
+_SEGMENT_FILE = re.compile(r"seg_[0-9]{5,}\.ts|\.seg_[0-9]{5,}\.ts\.tmp")
+_LOCK_NAME = ".vidkv-lock"
+
 
 @dataclass(frozen=True)
 class VideoInfo:
@@ -67,7 +72,7 @@ class SegmentWriter:
         write_video(writer.paths(), Path("first.mp4"), fps=16, metadata={"prompt": prompt})
 
     Opening a folder that already holds segments continues after the last one that is readable and
-    has no gap before it. A folder has one writer at a time.
+    has no gap before it. A folder has one writer at a time; `claim_folder` keeps other processes out.
     """
 
     def __init__(self, folder: Path, fps: int, height: int, width: int, crf: int = DEFAULT_CRF) -> None:
@@ -140,10 +145,7 @@ class SegmentWriter:
         """
         if index < 0:
             raise InputError(f"segment index {index} must not be negative")
-        try:
-            _remove_segments(self.folder, index)
-        except OSError as error:
-            raise OutputError(f"cannot delete segments of {self.folder}: {_reason(error)}") from error
+        _delete_segments(self.folder, index)
         del self._starts[index + 1 :]
 
     def _frames_on_disk(self) -> Iterator[int]:
@@ -159,6 +161,87 @@ class SegmentWriter:
                     "folder or delete its segments"
                 )
             yield info.frames
+
+
+@contextlib.contextmanager
+def claim_folder(folder: Path) -> Iterator[None]:
+    """Hold a segment folder for one run: it is created where needed, and removed if it is left empty.
+
+    Raises:
+        OutputError: the folder cannot be made or read, holds something else than segments, or another
+            run holds it.
+    """
+    try:
+        folder.mkdir(exist_ok=True)
+        with os.scandir(folder) as entries:
+            foreign = sorted(entry.name for entry in entries if not _is_ours(entry))
+        if foreign:
+            raise OutputError(
+                f"the segment folder {folder} holds {foreign[0]!r}, which vidkv did not write; "
+                "move it away or choose another output"
+            )
+        lock = os.open(folder / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise OutputError(
+            f"cannot create or use the segment folder {folder}: {_reason(error)}; choose another output"
+        ) from error
+    try:
+        _lock(lock, folder)
+        try:
+            yield
+        finally:
+            # before the lock is let go, so that it is never another run's file that is deleted
+            with contextlib.suppress(OSError):
+                (folder / _LOCK_NAME).unlink()
+                folder.rmdir()
+    finally:
+        os.close(lock)
+
+
+def rescue_segments(folder: Path, out: Path) -> Path | None:
+    """Make what a killed run left in a folder `NAME.recovered.mp4` beside `out`, and delete it there.
+
+    Joined is what stands before the first segment that cannot be read or is of another size or rate.
+
+    Returns:
+        The new file, named `NAME.recovered1.mp4` and so on where there is one; None without a readable
+        segment.
+
+    Raises:
+        OutputError: the video cannot be written, and the segments are kept; or they cannot be deleted.
+    """
+    whole: list[Path] = []
+    kind: tuple[int, int, float] | None = None
+    for path in segment_paths(folder):
+        info = _scan(path)
+        if info is None or not (info.frames and info.width and info.fps):
+            break
+        kind = kind or (info.width, info.height, info.fps)
+        if (info.width, info.height, info.fps) != kind:
+            break
+        whole.append(path)
+    target = None
+    if kind:
+        names = (recovered_video(out, number) for number in itertools.count())
+        target = next(path for path in names if not path.exists())
+        write_video(whole, target, round(kind[2]), {"recovered": "true"})
+    _delete_segments(folder, 0)
+    return target
+
+
+def segments_folder(out: Path) -> Path:
+    """Where the segments of a video lie while it is made."""
+    return out.with_name(f"{out.name}.segments")
+
+
+def partial_video(out: Path) -> Path:
+    """What a run that was stopped leaves instead of `out`."""
+    return out.with_name(f"{out.stem}.partial.mp4")
+
+
+def recovered_video(out: Path, number: int = 0) -> Path:
+    """What is made of the segments of a run that was killed; numbered where several were."""
+    return out.with_name(f"{out.stem}.recovered{number or ''}.mp4")
 
 
 def segment_paths(folder: Path) -> list[Path]:
@@ -279,7 +362,8 @@ def check_output(out: Path, *, need_bytes: int = FREE_MARGIN_BYTES) -> None:
 
     Raises:
         InputError: the name does not end in `.mp4`.
-        OutputError: the folder is missing, not writable or full, or the path is a folder.
+        OutputError: the folder is missing, not writable or full, the path is a folder, or a name that
+            may be needed beside it is too long.
     """
     if out.suffix.lower() != ".mp4":
         raise InputError(f"output {str(out)!r} must end in .mp4")
@@ -290,6 +374,8 @@ def check_output(out: Path, *, need_bytes: int = FREE_MARGIN_BYTES) -> None:
     try:
         if _is_folder(out):
             raise OutputError(f"output {str(out)!r} is a folder; name a file in it")
+        for beside in (segments_folder(out), partial_video(out), recovered_video(out)):
+            _is_folder(beside)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".vidkv-"):
             pass
         free_bytes = shutil.disk_usage(folder).free
@@ -494,6 +580,41 @@ def _fsync(path: Path, flags: int) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    """Take the lock of a segment folder; the kernel lets it go however the process ends."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # the run before may have deleted the file between its being opened and locked here
+        mine = os.path.samestat(os.fstat(descriptor), os.stat(folder / _LOCK_NAME))
+    except (BlockingIOError, FileNotFoundError):
+        mine = False
+    except OSError as error:
+        # some network file systems have no locks; a video is worth more than the guard
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP):
+            raise OutputError(
+                f"cannot lock the segment folder {folder}: {_reason(error)}; choose another output"
+            ) from error
+        mine = True
+    if not mine:
+        raise OutputError(
+            f"another run is writing its segments to {folder}; wait for its end or choose another output"
+        )
+
+
+def _is_ours(entry: os.DirEntry[str]) -> bool:
+    written = entry.name == _LOCK_NAME or _SEGMENT_FILE.fullmatch(entry.name) is not None
+    return written and entry.is_file(follow_symlinks=False)
+
+
+def _delete_segments(folder: Path, first: int) -> None:
+    try:
+        _remove_segments(folder, first)
+    except OSError as error:
+        raise OutputError(
+            f"cannot delete segments of {folder}: {_reason(error)}; delete them by hand"
+        ) from error
 
 
 def _remove_segments(folder: Path, first: int) -> None:

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from vidkv.cache.saved import entry
 from vidkv.errors import OutputError, StateError
 from vidkv.models.wan import CausalWanTransformer3DModel
 from vidkv.rollout import Rollout
@@ -73,14 +74,14 @@ def load_rollout(rollout: Rollout, path: str | Path) -> dict[str, Any]:
             f"{path} has state version {header.get('schema')}, this vidkv reads version {SCHEMA}"
         )
     try:
-        if header["dtype"] != str(rollout.dtype):
-            raise StateError(f"{path} was saved at {header['dtype']}, this rollout runs at {rollout.dtype}")
-        if header["model"] != _fingerprint(rollout.transformer):
-            raise StateError(f"{path} was saved with other weights; load the model it was saved with")
-        extra: dict[str, Any] = header["extra"]
-        rollout.restore(tensors, header["rollout"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise StateError(f"{path} does not fit this rollout or is damaged ({error!r})") from None
+        dtype, extra = entry(header, "dtype", str), entry(header, "extra", dict)
+        if dtype != str(rollout.dtype):
+            raise StateError(f"it was saved at {dtype}, this rollout runs at {rollout.dtype}")
+        if entry(header, "model", str) != _fingerprint(rollout.transformer):
+            raise StateError("it was saved with other weights; load the model it was saved with")
+        rollout.restore(tensors, entry(header, "rollout", dict))
+    except StateError as error:
+        raise StateError(f"{path} cannot be restored: {error}") from None
     return extra
 
 

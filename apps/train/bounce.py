@@ -66,6 +66,9 @@ def train(out: Path, world: str, recipe: str, minutes: float, init: Path | None)
 
     Returns:
         Where the pipeline lies and the last line of the curve.
+
+    Raises:
+        InputError: an unknown world or recipe, no time, or the GPU's recipe without a GPU.
     """
     if world not in WORLDS:
         raise InputError(f"world={world!r}; choose {' or '.join(WORLDS)}")
@@ -73,6 +76,8 @@ def train(out: Path, world: str, recipe: str, minutes: float, init: Path | None)
         raise InputError(f"recipe={recipe!r}; choose {' or '.join(RECIPES)}")
     if not minutes > 0:
         raise InputError(f"minutes={minutes}; give a positive number")
+    if recipe == "gpu" and not torch.cuda.is_available():
+        raise InputError(f"recipe={recipe!r} needs a CUDA GPU and torch sees none; use --recipe cpu")
     settings = RECIPES[recipe]
     accelerator = Accelerator(cpu=recipe == "cpu", mixed_precision="bf16")
     vae_minutes, *rest = (minutes * share for share in settings.shares)
@@ -121,6 +126,8 @@ def assemble(out: Path, trainer: Trainer, vae: AutoencoderKLWan, world: str) -> 
         warp=SCHEDULE.warp,
         first_chunk_steps=list(first) if first else None,
         sampler=SCHEDULE.sampler,
+        first_chunk_guidance=SCHEDULE.first_chunk_guidance,
+        guided_down_to=SCHEDULE.guided_down_to,
         prompt_grammar=f"bounce:{world}",
     )
     folder = out / "pipeline"

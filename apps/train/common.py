@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,6 +22,7 @@ from torch import Tensor, nn
 M = TypeVar("M", bound=nn.Module)
 Losses = Callable[..., dict[str, Tensor]]
 EMA_EVERY = 4
+SAVE_STEPS = 1000
 
 
 class _Graph:
@@ -81,6 +85,35 @@ def learning_rate(peak: float, step: int, fraction: float, warmup_steps: int = 1
     return peak * warm * (0.05 + 0.475 * (1 + math.cos(math.pi * fraction)))
 
 
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A folder to fill that then takes the place of `target`; call `recover` before reading `target`.
+
+    Killed at any moment, it leaves the former folder or the new one whole.
+    """
+    partial, old = _beside(target, "partial"), _beside(target, "old")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+    partial.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(target: Path) -> bool:
+    """Whether there is a whole `target`, after undoing a replacement that was cut between its renames."""
+    old = _beside(target, "old")
+    if not target.exists() and old.exists():
+        old.rename(target)
+    return target.exists()
+
+
+def _beside(target: Path, suffix: str) -> Path:
+    return target.with_name(f"{target.name}.{suffix}")
+
+
 class Stage(Generic[M]):
     """A model in training: optimizer, EMA weights, checkpoints and the curve as JSON lines.
 
@@ -89,6 +122,7 @@ class Stage(Generic[M]):
         model: trained in place.
         peak: highest learning rate.
         progress: the stage's length.
+        generator: what clips are drawn with; its state is part of the checkpoints.
     """
 
     def __init__(
@@ -99,11 +133,12 @@ class Stage(Generic[M]):
         accelerator: Accelerator,
         progress: Progress,
         peak: float,
+        generator: torch.Generator,
         ema_decay: float = 0.998,
         weight_decay: float = 0.01,
     ) -> None:
         self.name, self.folder, self.accelerator = name, folder, accelerator
-        self.progress, self.peak = progress, peak
+        self.progress, self.peak, self.generator = progress, peak, generator
         self.on_gpu = accelerator.device.type == "cuda"
         optimizer = torch.optim.AdamW(
             model.parameters(),
@@ -165,26 +200,31 @@ class Stage(Generic[M]):
         row = {key: round(value, 6) if isinstance(value, float) else value for key, value in row.items()}
         with (self.folder / "curve.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
-        self.accelerator.print(json.dumps(row), flush=True)
+        # stdout belongs to the command's result
+        self.accelerator.print(json.dumps(row), file=sys.stderr, flush=True)
 
-    def save(self) -> None:
-        """Write everything that a later process needs to go on from here."""
-        target = self.folder / self.name
-        self.accelerator.save_state(str(target))
-        torch.save(self.ema.state_dict(), target / "ema.bin")
-        state = {"step": self.progress.step, "minutes": self.progress.minutes_spent}
-        (target / "progress.json").write_text(json.dumps(state))
+    def save(self, step: int) -> None:
+        """Write everything that a later process needs to go on after `step` steps."""
+        with replacing(self.folder / self.name) as target:
+            self.accelerator.save_state(str(target))
+            torch.save(self.ema.state_dict(), target / "ema.bin")
+            torch.save(self.generator.get_state(), target / "generator.bin")
+            state = {"step": step, "minutes": self.progress.minutes_spent}
+            (target / "progress.json").write_text(json.dumps(state))
 
     def _resume(self) -> None:
         source = self.folder / self.name
-        if not (source / "progress.json").exists():
+        if not recover(source):
             return
         state = json.loads((source / "progress.json").read_text())
         self.progress.step, self.progress.minutes_before = state["step"], state["minutes"]
         self.accelerator.load_state(str(source))
         self.ema.load_state_dict(torch.load(source / "ema.bin", weights_only=True))
         self.ema.to(self.accelerator.device)
-        self.accelerator.print(f"{self.name}: going on from step {state['step']}")
+        self.generator.set_state(torch.load(source / "generator.bin", weights_only=True))
+        self.accelerator.print(
+            f"{self.name}: going on from step {state['step']}", file=sys.stderr, flush=True
+        )
 
     def use_average(self) -> M:
         """The model with its averaged weights; the trained ones are given up."""

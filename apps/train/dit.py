@@ -19,7 +19,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor, nn
 from transformers import UMT5EncoderModel
 
-from vidkv.apps.train.common import Progress, Stage
+from vidkv.apps.train.common import SAVE_STEPS, Progress, Stage
 from vidkv.apps.train.latents import CHUNK, Clips, draw_clips
 from vidkv.attention import BlockCausalAttention
 from vidkv.cache import CacheSpec
@@ -39,6 +39,8 @@ SCHEDULE = FlowSchedule(
     shift=3.0,
     first_chunk_steps=tuple(range(1000, 0, -25)),
     sampler="euler",
+    first_chunk_guidance=2.0,
+    guided_down_to=0.3,
 )
 HISTORY_NOISE = 0.12
 MOST_DRIFT = 0.4
@@ -333,7 +335,8 @@ class Trainer:
         return BlockCausalAttention(GRID, GRID, SPEC, lesson.chunks, lesson.history, self.accelerator.device)
 
     def _stage(self, name: str, steps: int, minutes: float | None, peak: float) -> Stage[Student]:
-        return Stage(name, self.student, self.folder, self.accelerator, Progress(steps, minutes), peak)
+        progress = Progress(steps, minutes)
+        return Stage(name, self.student, self.folder, self.accelerator, progress, peak, self.generator)
 
     def _log(self, stage: Stage[Student], lesson: str, values: dict[str, Tensor]) -> None:
         step = stage.progress.step
@@ -343,11 +346,11 @@ class Trainer:
             start = self.replaced % len(self.clips)
             self.clips.replace(start, self._draw(min(self.refresh, len(self.clips) - start), FRAMES))
             self.replaced += self.refresh
-        if step % 1000 == 999:
-            stage.save()
+        if step % SAVE_STEPS == SAVE_STEPS - 1:
+            stage.save(step + 1)
 
     def _finish(self, stage: Stage[Student]) -> None:
-        stage.save()
+        stage.save(stage.progress.step)
         stage.use_average()
         self.student = stage.raw
         save_parts(self.student, self.folder / "pipeline")

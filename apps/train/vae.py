@@ -12,8 +12,9 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from einops import rearrange
 from torch import Tensor
 
-from vidkv.apps.train.common import Progress, Stage
+from vidkv.apps.train.common import SAVE_STEPS, Progress, Stage, recover, replacing
 from vidkv.models.bounce.world import Scenes, Trajectory, render, sample_scenes, simulate
+from vidkv.models.checkpoints import verify
 from vidkv.models.registry import BOUNCE
 from vidkv.models.vae import decode_clip, encode_clip
 
@@ -68,30 +69,37 @@ def train(
     peak: float = 2e-3,
     init: Path | None = None,
 ) -> AutoencoderKLWan:
-    """Train the VAE and write it, with the latents' mean and deviation in its configuration.
+    """Train the VAE and write it to `pipeline/vae`, with the latents' deviation in its configuration.
+
+    One that is there is returned as it is: a transformer may have learned on its latents.
 
     Args:
         steps, minutes: the stage ends at whichever comes first.
         batch, frames: clips per step and pixel frames per clip (4n+1).
         init: a saved VAE to start from instead of random weights.
     """
+    finished = folder / "pipeline" / "vae"
+    if recover(finished):
+        verify(finished, AutoencoderKLWan)
+        return AutoencoderKLWan.from_pretrained(finished, dtype=torch.float32)
     torch.manual_seed(0)
     generator = torch.Generator(accelerator.device).manual_seed(1)
     vae = AutoencoderKLWan.from_pretrained(init, dtype=torch.float32) if init else build()
-    stage = Stage("vae", vae, folder, accelerator, Progress(steps, minutes), peak)
+    stage = Stage("vae", vae, folder, accelerator, Progress(steps, minutes), peak, generator)
     pool = ClipPool(generator)
     for step in stage.progress:
         values = stage.update("vae", partial(losses, stage.raw), pool.clips(batch, frames))
         if step % 100 == 0:
             stage.log(**values)
-        if step % 1000 == 999:
-            stage.save()
-    stage.save()
+        if step % SAVE_STEPS == SAVE_STEPS - 1:
+            stage.save(step + 1)
+    stage.save(stage.progress.step)
     vae = stage.use_average().eval()
     whiten(vae, pool)
     psnr = reconstruction_psnr(vae, pool)
     stage.log(final_psnr_db=psnr)
-    vae.save_pretrained(folder / "pipeline" / "vae")
+    with replacing(finished) as target:
+        vae.save_pretrained(target)
     return vae
 
 

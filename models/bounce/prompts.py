@@ -106,6 +106,22 @@ class ScenePrompt:
         return ScenePrompt(changed, self.family)
 
 
+def contrast(prompt: ScenePrompt, world: World) -> ScenePrompt:
+    """The same kind of scene with as many objects, none of them in a colour or with a shape of its own.
+
+    What classifier-free guidance leads away from: a model that was never trained without a prompt has no
+    unconditional estimate, and against a wrong prompt of the same kind only what the right one asks for
+    is left.
+    """
+    named = {colour for colour, _ in prompt.objects}
+    free = [colour for colour in world.colours if colour not in named] or list(world.colours)
+    objects = tuple(
+        (free[i % len(free)], SHAPES[(SHAPES.index(shape) + 1) % len(SHAPES)])
+        for i, (_, shape) in enumerate(prompt.objects)
+    )
+    return ScenePrompt(objects, prompt.family)
+
+
 def words(text: str) -> list[str]:
     """Lower-cased words and commas of a prompt, synonyms replaced."""
     found = re.findall(r"[^\W_]+(?:[-'][^\W_]+)*|,|[^\w\s.,;!]", text.lower())

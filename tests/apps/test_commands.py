@@ -53,6 +53,48 @@ def test_estimate_refuses(capsys: pytest.CaptureFixture[str]) -> None:
         assert message in stderr
 
 
+def test_estimate_is_for_the_device_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """Which need not be in this machine, whether or not the model's weights are."""
+    for model in ("bounce", "wan2.1-1.3b"):
+        plans = {
+            name: as_json(capsys, "estimate", "--model", model, "--device", name) for name in ("cpu", "cuda")
+        }
+        assert plans["cpu"]["weights_bytes"] == 2 * plans["cuda"]["weights_bytes"]
+        assert plans["cpu"]["cache"].startswith("fp32") and plans["cuda"]["cache"].startswith("bf16")
+        code, _, stderr = run(capsys, "estimate", "--model", model, "--device", "foo")
+        assert (code, stderr) == (2, "vidkv: device='foo'; choose auto, cpu or cuda\n")
+    stock = ("estimate", "--model", "wan2.1-1.3b")
+    assert as_json(capsys, *stock) == as_json(capsys, *stock, "--device", "cuda")
+
+
+USAGE = {
+    "generate": "Missing argument 'prompt'; see vidkv generate --help",
+    "foo": "No such command 'foo'; see vidkv --help",
+    "generate X --nope": "No such option: --nope",
+    "generate X --seconds abc": "'--seconds'",
+    "bench rollout --chunks 3": "'--chunks'",
+    "eval world --rollouts 1": "'--rollouts'",
+    "estimate --batch 0": "'--batch'",
+    "doctor extra": "extra",
+}
+
+
+@pytest.mark.parametrize("line", USAGE)
+def test_a_usage_error_is_one_clear_line(capsys: pytest.CaptureFixture[str], line: str) -> None:
+    code, stdout, stderr = run(capsys, *line.split())
+    assert (code, stdout) == (2, "")
+    assert stderr.startswith("vidkv: ") and stderr.endswith(" --help\n") and stderr.count("\n") == 1
+    assert USAGE[line] in stderr
+    assert line.split()[-1] in stderr
+
+
+def test_no_arguments_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for line in ("", "bench"):
+        code, stdout, stderr = run(capsys, *line.split())
+        assert code in (0, 2)
+        assert "Usage:" in stdout + stderr and "Traceback" not in stderr
+
+
 def test_doctor_passes_on_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     report = as_json(capsys, "doctor")
     assert report["healthy"]

@@ -4,27 +4,56 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from einops import rearrange
 
+from tests.apps.commandline import run
 from tests.tiny import relative_l2
 from vidkv.apps.train import bounce, dit, latents, vae
-from vidkv.apps.train.common import Progress, learning_rate
+from vidkv.apps.train.common import Progress, Stage, learning_rate
+from vidkv.errors import InputError
 from vidkv.models.bounce.prompts import VOCABULARY, WORLDS
 from vidkv.models.registry import BOUNCE, weights_folder
 from vidkv.models.vae import decode_clip, encode_clip, normalise
 from vidkv.pipeline import CausalVideoPipeline
 
 
+@pytest.fixture(autouse=True)
+def own_accelerator_state() -> Iterator[None]:
+    """Accelerators of one process share their precision; tests shall not."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+class Killed(Exception):
+    """Stands for a process that ends without notice."""
+
+
 @pytest.fixture
-def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dit.Trainer:
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], dit.Trainer]:
+    """A trainer into a folder, as a process has it that has just started."""
     monkeypatch.setattr(dit, "FRAMES", 9)
     shipped = CausalVideoPipeline.from_pretrained("bounce").vae
-    return dit.Trainer(tmp_path, Accelerator(cpu=True), shipped, WORLDS["narrow"], 4, 8, batch=2, refresh=0)
+
+    def make(folder: Path) -> dit.Trainer:
+        narrow = WORLDS["narrow"]
+        return dit.Trainer(folder, Accelerator(cpu=True), shipped, narrow, 4, 8, batch=2, refresh=0)
+
+    return make
+
+
+@pytest.fixture
+def trainer(fresh: Callable[[Path], dit.Trainer], tmp_path: Path) -> dit.Trainer:
+    return fresh(tmp_path)
 
 
 def test_the_registry_describes_what_is_trained() -> None:
@@ -48,6 +77,104 @@ def test_stages_run_resume_and_make_a_pipeline(trainer: dit.Trainer, tmp_path: P
     assert pipe("a red circle bouncing", num_frames=9, output_type="pt").frames.shape == (1, 9, 64, 64, 3)
 
 
+def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    update = Stage.update
+
+    def dying(self: Stage[Any], *args: Any) -> Any:
+        if self.progress.step == step:
+            raise Killed
+        return update(self, *args)
+
+    monkeypatch.setattr(Stage, "update", dying)
+
+
+def test_a_killed_stage_goes_on_as_if_nothing_had_happened(
+    fresh: Callable[[Path], dit.Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, averages, optimizer, noise and the choice of clips: the end is the same bit for bit."""
+    monkeypatch.setattr(dit, "SAVE_STEPS", 2)
+    cycle = dit.lessons(9, 2, history=True)[:2]
+    unbroken = fresh(tmp_path / "unbroken")
+    unbroken.run("teacher_forcing", cycle, 5, None, 1e-2)
+    with monkeypatch.context() as patch:
+        kill_at(patch, 3)
+        with pytest.raises(Killed):
+            fresh(tmp_path / "killed").run("teacher_forcing", cycle, 5, None, 1e-2)
+    resumed, steps = fresh(tmp_path / "killed"), []
+    update = Stage.update
+
+    def watched(self: Stage[Any], *args: Any) -> Any:
+        steps.append(self.progress.step)
+        return update(self, *args)
+
+    monkeypatch.setattr(Stage, "update", watched)
+    resumed.run("teacher_forcing", cycle, 5, None, 1e-2)
+    assert steps == [2, 3, 4]
+    for ours, theirs in zip(resumed.student.parameters(), unbroken.student.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("moment", ["writing", "renaming"])
+def test_a_kill_while_saving_leaves_the_checkpoint_before(
+    trainer: dit.Trainer, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    stage = trainer._stage("teacher_forcing", 9, None, 1e-3)
+    stage.save(1)
+
+    def die(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    rename = Path.rename
+    with monkeypatch.context() as patch:
+        if moment == "writing":
+            patch.setattr(stage.ema, "state_dict", die)
+        else:
+            patch.setattr(Path, "rename", lambda a, b: die() if a.suffix == ".partial" else rename(a, b))
+        with pytest.raises(Killed):
+            stage.save(2)
+    assert trainer._stage("teacher_forcing", 9, None, 1e-3).progress.step == 1
+    stage.save(3)
+    assert trainer._stage("teacher_forcing", 9, None, 1e-3).progress.step == 3
+    assert [path.name for path in trainer.folder.iterdir() if path.is_dir()] == ["teacher_forcing"]
+
+
+def test_a_finished_vae_is_not_trained_or_whitened_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whiten, pool = vae.whiten, vae.ClipPool
+    monkeypatch.setattr(vae, "whiten", lambda model, pool: whiten(model, pool, clips=2))
+    monkeypatch.setattr(vae, "reconstruction_psnr", lambda *_: 0.0)
+    monkeypatch.setattr(vae, "ClipPool", lambda generator: pool(generator, size=8))
+    first = vae.train(tmp_path, Accelerator(cpu=True), 1, None, batch=1, frames=5)
+    again = vae.train(tmp_path, Accelerator(cpu=True), 2, None, batch=1, frames=5)
+    assert again.config.latents_std == first.config.latents_std
+    for ours, theirs in zip(again.parameters(), first.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_training_prints_one_json_object_and_logs_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = bounce.Recipe(1, 2, 4, 8, 0, 1, (0.3, 0.2, 0.3, 0.2, 0.0), (1e-3,) * 5)
+    monkeypatch.setitem(bounce.RECIPES, "cpu", small)
+    monkeypatch.setattr(bounce, "STEPS", 1)
+    monkeypatch.setattr(bounce, "FRAMES", 9)
+    monkeypatch.setattr(dit, "FRAMES", 9)
+    arguments = ("--out", str(tmp_path), "--recipe", "cpu", "--init", "bounce", "--json")
+    for _ in range(2):
+        code, stdout, stderr = run(capsys, "train", "bounce", *arguments)
+        assert code == 0, stderr
+        assert json.loads(stdout)["pipeline"] == str(tmp_path / "pipeline")
+    assert "diffusion_forcing: going on from step 1" in stderr
+
+
+def test_the_recipe_of_a_gpu_is_refused_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match=r"recipe='gpu' needs a CUDA GPU.*use --recipe cpu"):
+        bounce.train(tmp_path, "narrow", "gpu", 1.0, None)
+    assert not any(tmp_path.iterdir())
+
+
 def test_self_rollout_ends_a_third_of_the_way(trainer: dit.Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     ends = []
     for share in (0.0, dit.SELF_ROLLOUT_SHARE, 1.0):
@@ -57,7 +184,7 @@ def test_self_rollout_ends_a_third_of_the_way(trainer: dit.Trainer, monkeypatch:
         monkeypatch.setattr(dit, "SELF_ROLLOUT_SHARE", share)
         trainer.run_self_rollout(1, None, 1e-2, frames=6, reuse=1)
         ends.append(trainer.student.transformer.proj_out.weight.detach().clone())
-        (trainer.folder / "self_rollout" / "progress.json").unlink()
+        shutil.rmtree(trainer.folder / "self_rollout")
     start, between, end = ends
     assert torch.equal(start, dit.load_parts(weights_folder(BOUNCE)).transformer.proj_out.weight)
     assert not torch.equal(start, end)

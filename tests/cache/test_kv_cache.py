@@ -503,6 +503,8 @@ class TestIntegrity:
     ) -> str:
         cache, _ = filled(spec, 4)
         cache.check_integrity()
+        # a damaged table cannot be given back
+        cache._give_back.detach()
         change(cache)
         with pytest.raises(CacheStateError) as caught:
             cache.check_integrity()
@@ -695,6 +697,28 @@ class TestFork:
         pools_are_consistent([other])
         with pytest.raises(CacheStateError):
             cache.begin(3)
+
+    @pytest.mark.parametrize("format", FORMATS)
+    def test_a_dropped_fork_gives_its_room_back(self, format: str) -> None:
+        cache, oracle = filled(f"{format},window=9,sink=2", 4)
+        references = {name: list(pool.references) for name, pool in cache.pools.items()}
+        sizes = []
+        for i in range(5):
+            other = cache.fork()
+            step(other, oracle.fork(), 3, i)
+            del other
+            sizes.append(cache.nbytes)
+            for name, pool in cache.pools.items():
+                assert pool.reserved == len(references[name])
+                assert pool.references[: len(references[name])] == references[name]
+        assert len(set(sizes)) == 1
+        pools_are_consistent([cache])
+        step(cache, oracle, 3, 99)
+
+    def test_a_closed_cache_holds_no_memory(self) -> None:
+        cache, _ = filled("fp32,window=9,sink=2", 4)
+        cache.close()
+        assert cache.nbytes == 0
 
     def test_closing_twice_is_closing_once(self) -> None:
         cache, _ = filled("fp32,window=9,sink=2", 4)

@@ -16,7 +16,7 @@ from transformers import UMT5EncoderModel
 
 from tests.tiny import build_pipeline
 from vidkv.errors import CheckpointError, InputError, VidkvError
-from vidkv.models.checkpoints import file_shapes, model_shapes, read_json, verify
+from vidkv.models.checkpoints import file_shapes, model_shapes, read_json, require_tokenizer, verify
 from vidkv.models.wan import CausalWanTransformer3DModel
 from vidkv.pipeline import CausalVideoPipeline, find_model
 
@@ -100,6 +100,15 @@ class TestWeights:
             CausalVideoPipeline.from_pretrained(folder)
         assert str(path) in str(caught.value)
 
+    @pytest.mark.parametrize("heads", [0, -1, "two", None], ids=repr)
+    def test_of_impossible_values(self, folder: Path, heads: object) -> None:
+        """Model classes do not check their settings: they divide by zero."""
+        path = folder / "transformer" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"num_attention_heads": heads}))
+        with pytest.raises(CheckpointError) as caught:
+            verify(folder / "transformer", CausalWanTransformer3DModel)
+        assert str(folder / "transformer") in str(caught.value) and "\n" not in str(caught.value)
+
     def test_shapes_cost_no_memory(self) -> None:
         """14 billion weights, none of them allocated."""
         from vidkv.models.registry import MODELS
@@ -152,6 +161,13 @@ class TestSmallFiles:
         path.write_text(json.dumps(json.loads(path.read_text()) | setting))
         with pytest.raises(CheckpointError, match=words):
             CausalVideoPipeline.from_pretrained(folder)
+
+    @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+    def test_a_tokenizer_without_its_files(self, folder: Path, name: str) -> None:
+        require_tokenizer(folder / "tokenizer")
+        (folder / "tokenizer" / name).unlink()
+        with pytest.raises(CheckpointError, match=f"{name} is missing"):
+            require_tokenizer(folder / "tokenizer")
 
     def test_read_json(self, tmp_path: Path) -> None:
         (tmp_path / "a.json").write_text('{"a": 1}')

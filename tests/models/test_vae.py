@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from tests.tiny import CHANNELS, build_vae, noise, relative_l2
+from vidkv.errors import StateError
 from vidkv.models.vae import (
     StreamingDecoder,
     decode_clip,
@@ -139,6 +141,53 @@ class TestStreamState:
         assert torch.equal(copy.feed(latents[:, fed:]), wanted)
         # taken before, not changed since
         assert all(torch.equal(state[name], tensor) for name, tensor in state.items())
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            "fed",
+            "no fed",
+            "marks",
+            "no marks",
+            "feature",
+            "surplus",
+            "channels",
+            "grid",
+            "one frame",
+            "dtype",
+        ],
+    )
+    @pytest.mark.parametrize("fed", [1, 4])
+    def test_a_damaged_state_changes_nothing(self, vae: AutoencoderKLWan, damage: str, fed: int) -> None:
+        latents = latents_for(6)
+        decoder, undisturbed = StreamingDecoder(vae), StreamingDecoder(vae)
+        decoder.feed(latents[:, :fed])
+        undisturbed.feed(latents[:, :fed])
+        state = decoder.state()
+        last = max(name for name in state if name.startswith("feature."))
+        changes: dict[str, Callable[[], object]] = {
+            "fed": lambda: state.update(fed_frames=torch.tensor(5 - fed)),
+            "no fed": lambda: state.pop("fed_frames"),
+            "marks": lambda: state.update(replicate=torch.tensor([0])),
+            "no marks": lambda: state.pop("replicate"),
+            "feature": lambda: state.pop(last),
+            "surplus": lambda: state.update({"feature.999": state[last]}),
+            "channels": lambda: state.update({last: state[last][:, :-1]}),
+            "grid": lambda: state.update({last: state[last].mT}),
+            "one frame": lambda: state.update({last: state[last][:, :, :0]}),
+            "dtype": lambda: state.update({last: state[last].double()}),
+        }
+        changes[damage]()
+        with pytest.raises(StateError, match=r"fed_frames|replicate|feature"):
+            decoder.restore(state)
+        assert torch.equal(decoder.feed(latents[:, fed:]), undisturbed.feed(latents[:, fed:]))
+
+    def test_a_state_of_another_grid(self) -> None:
+        decoder = StreamingDecoder(build_vae())
+        decoder.feed(latents_for(3))
+        with pytest.raises(StateError, match=r"feature\.0 is \(2, 4, 2, 2, 3\)"):
+            decoder.restore(decoder.state(), (2, WIDTH, HEIGHT))
+        decoder.restore(decoder.state(), (2, HEIGHT, WIDTH))
 
     def test_a_copy_is_independent(self) -> None:
         vae = build_vae()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ from vidkv.cache.formats import FORMATS
 from vidkv.cache.formats.base import PageFormat
 from vidkv.cache.layout import Layout, OpenChunk
 from vidkv.cache.pool import PagePool
+from vidkv.cache.saved import check_tensor, entry
 from vidkv.cache.spec import CacheGeometry, CacheSpec
-from vidkv.errors import CacheStateError, StateError
+from vidkv.errors import CacheSpecError, CacheStateError, StateError
 
 
 class State(Enum):
@@ -99,11 +101,14 @@ class KVCache:
     An exception inside `committing` leaves the cache broken, because some layers may hold the new chunk
     and others not; `restore` is the way back.
 
+    Pages and the room reserved for them go back to the pools on `close`, or when the cache is dropped.
+
     Args:
         spec: settings.
         geometry: page sizes.
         dtype: compute dtype: what reads return and 16-bit pages hold.
-        pools: pools of another cache to share; by default the cache allocates its own.
+        pools: pools of another cache to share, in which room is reserved; by default the cache allocates
+            its own.
     """
 
     def __init__(
@@ -119,8 +124,14 @@ class KVCache:
         self.plan = planned_pools(spec, geometry, dtype)
         if pools is None:
             pools = {name: PagePool(f, slots, device) for name, (f, slots) in self.plan.items()}
+        else:
+            for name, (_, slots) in self.plan.items():
+                pools[name].reserve(slots)
         self.pools = pools
         self.table: dict[int, Page] = {}
+        room = {name: slots for name, (_, slots) in self.plan.items()}
+        self._give_back = weakref.finalize(self, _give_back, self.pools, self.table, room)
+        self._give_back.atexit = False
         self.state = State.IDLE
         self.opened: OpenChunk | None = None
         self.segments: tuple[Segment, ...] = ()
@@ -222,27 +233,20 @@ class KVCache:
     def fork(self) -> KVCache:
         """A second cache with the same history; pages are shared until each has moved on."""
         self._expect(State.IDLE)
-        for name, (_, slots) in self.plan.items():
-            self.pools[name].reserve(slots)
         other = KVCache(self.spec, self.geometry, self.device, self.dtype, self.pools)
         other.layout = self.layout.copy()
-        other.table = dict(self.table)
-        for page in self.table.values():
+        for frame, page in self.table.items():
             self.pools[page.pool].retain(page.slot)
+            other.table[frame] = page
         if self.key_mean is not None:
             other.key_mean = self.key_mean.clone()
         other._mean_frozen = self._mean_frozen
         return other
 
     def close(self) -> None:
-        """Let go of all pages, for good; for a cache whose pools live on in a fork."""
-        if self.state is State.CLOSED:
-            return
-        for page in self.table.values():
-            self.pools[page.pool].release(page.slot)
-        for name, (_, slots) in self.plan.items():
-            self.pools[name].cancel(slots)
-        self.table, self.state = {}, State.CLOSED
+        """Let go of all pages and of the pools, for good; forks keep theirs."""
+        self._give_back()
+        self.pools, self.segments, self.opened, self.state = {}, (), None, State.CLOSED
 
     def state_tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything a restore needs: page bytes in position order, and a JSON-able header."""
@@ -266,17 +270,14 @@ class KVCache:
         """Become the cache that `state_tensors` described.
 
         Raises:
-            StateError: it was saved with other settings or another geometry; nothing has changed.
+            StateError: it was saved with other settings or another geometry, or is damaged; nothing has
+                changed.
+            CacheStateError: the cache is closed.
         """
-        if self.state is State.CLOSED:
-            raise CacheStateError("the cache is closed; make a new one to restore into")
-        saved = CacheSpec.of(header["spec"])
-        if saved != self.spec:
-            raise StateError(f"the state was saved with the cache {saved}, this rollout has {self.spec}")
-        self._check_saved(tensors, [name for _, name in header["resident"]])
+        self.check_state(tensors, header)
         for page in self.table.values():
             self.pools[page.pool].release(page.slot)
-        self.table = {}
+        self.table.clear()
         counters = dict.fromkeys(self.pools, 0)
         for frame, name in header["resident"]:
             pool, index = self.pools[name], counters[name]
@@ -292,25 +293,41 @@ class KVCache:
         self.layout.next_frame = header["next_frame"]
         self.opened, self.segments, self._commit, self.state = None, (), None, State.IDLE
 
-    def _check_saved(self, tensors: Mapping[str, Tensor], resident: Sequence[str]) -> None:
-        """Saved buffers have the shapes of this cache; `resident` names the pool of every frame."""
-        wanted = {
-            f"{name}.{key}": (buffer.shape[0], resident.count(name), *buffer.shape[2:])
-            for name, pool in self.pools.items()
-            for key, buffer in pool.storage.items()
-        }
-        if self.key_mean is not None:
-            wanted["key_mean"] = tuple(self.key_mean.shape)
-        unknown = set(resident) - set(self.pools)
+    def check_state(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+        """Say whether `restore` would take this; nothing is changed.
+
+        Raises:
+            StateError: naming the first thing that does not fit.
+            CacheStateError: the cache is closed.
+        """
+        if self.state is State.CLOSED:
+            raise CacheStateError("the cache is closed; make a new one to restore into")
+        try:
+            saved = CacheSpec.of(entry(header, "spec", dict))
+        except CacheSpecError as error:
+            raise StateError(f"the saved cache settings cannot be read: {error}") from None
+        if saved != self.spec:
+            raise StateError(f"the state was saved with the cache {saved}, this rollout has {self.spec}")
+        next_frame, frozen = entry(header, "next_frame", int), entry(header, "mean_frozen", bool)
+        resident = [tuple(pair) if isinstance(pair, list) else () for pair in entry(header, "resident", list)]
+        if any([type(part) for part in pair] != [int, str] for pair in resident):
+            raise StateError(
+                f"the saved resident frames are {header['resident']!r:.60}, not pairs of a frame and a pool"
+            )
+        pools = [name for _, name in resident]
+        unknown = set(pools) - set(self.pools)
         if unknown:
             raise StateError(f"the saved pages are in {sorted(unknown)}, this cache has {sorted(self.pools)}")
-        for name, shape in wanted.items():
-            found = tuple(tensors[name].shape) if name in tensors else None
-            if found != shape:
-                raise StateError(
-                    f"the saved {name} is {found}, this model needs {shape}; restore with the model and "
-                    "size it was saved with"
-                )
+        for fault in self._faults(resident, next_frame):
+            raise StateError(f"the saved pages contradict each other: {fault}")
+        if frozen is not (next_frame > 0):
+            raise StateError(f"the saved mean_frozen is {frozen} after {next_frame} latent frames")
+        for name, pool in self.pools.items():
+            for key, buffer in pool.storage.items():
+                shape = (buffer.shape[0], pools.count(name), *buffer.shape[2:])
+                check_tensor(tensors, f"{name}.{key}", shape, buffer.dtype)
+        if self.key_mean is not None:
+            check_tensor(tensors, "key_mean", tuple(self.key_mean.shape), self.key_mean.dtype)
 
     def check_integrity(self) -> None:
         """Audit the page table.
@@ -320,14 +337,11 @@ class KVCache:
         """
         if set(self.table) != set(self.layout.resident):
             raise CacheStateError(f"pages {sorted(self.table)} but resident frames {self.layout.resident}")
-        if len(self.table) > self.layout.capacity:
-            raise CacheStateError(f"{len(self.table)} resident frames, capacity {self.layout.capacity}")
+        resident = [(frame, self.table[frame].pool) for frame in self.layout.resident]
+        for fault in self._faults(resident, self.layout.next_frame):
+            raise CacheStateError(fault)
         if len({(p.pool, p.slot) for p in self.table.values()}) != len(self.table):
             raise CacheStateError("two frames lie in one slot")
-        if list(self.layout.resident) != sorted(set(self.layout.resident)):
-            raise CacheStateError(f"resident frames are out of order: {self.layout.resident}")
-        if self.table and max(self.table) >= self.layout.next_frame:
-            raise CacheStateError(f"frame {max(self.table)} is resident before its turn")
         for name, pool in self.pools.items():
             for key, buffer in pool.storage.items():
                 if buffer.shape[:2] != (self.geometry.layers, pool.slots):
@@ -340,11 +354,26 @@ class KVCache:
                 )
             if place.references[page.slot] < 1:
                 raise CacheStateError(f"frame {frame} lies in slot {page.slot}, which is free")
-            if page.pool != self._pool_of(frame, self.layout.next_frame):
-                raise CacheStateError(f"frame {frame} lies among the {page.pool} pages")
-        sinks = {frame for frame in range(min(self.spec.sink, self.layout.next_frame))}
-        if self.spec.policy == "sink_window" and not sinks <= set(self.table):
-            raise CacheStateError(f"sink frames {sorted(sinks - set(self.table))} are gone")
+
+    def _faults(self, resident: Sequence[tuple[int, str]], next_frame: int) -> Iterator[str]:
+        """What is wrong with these (frame, pool) after `next_frame` latent frames."""
+        frames = [frame for frame, _ in resident]
+        wanted = min(self.layout.capacity, next_frame)
+        sinks = set(range(min(self.spec.sink, next_frame)))
+        if frames != sorted(set(frames)):
+            yield f"resident frames are out of order: {frames}"
+        elif frames and (frames[0] < 0 or frames[-1] >= next_frame):
+            yield f"frames {frames} are resident, but the next one is {next_frame}"
+        elif self.spec.policy == "sink_window" and not sinks <= set(frames):
+            yield f"sink frames {sorted(sinks - set(frames))} are gone"
+        elif len(frames) != wanted:
+            yield (
+                f"{len(frames)} resident frames, capacity {self.layout.capacity}: after {next_frame} latent "
+                f"frames there must be {wanted}"
+            )
+        for frame, name in resident:
+            if name != self._pool_of(frame, next_frame):
+                yield f"frame {frame} lies among the {name} pages"
 
     def _expect(self, state: State) -> None:
         if self.state is not state:
@@ -400,6 +429,15 @@ class KVCache:
         self.layout.commit()
         self._mean_frozen = True
         self.opened, self.segments, self._commit, self.state = None, (), None, State.IDLE
+
+
+def _give_back(pools: dict[str, PagePool], table: dict[int, Page], room: dict[str, int]) -> None:
+    """Free the pages of a table and the room that was reserved for them."""
+    for page in table.values():
+        pools[page.pool].release(page.slot)
+    table.clear()
+    for name, slots in room.items():
+        pools[name].cancel(slots)
 
 
 @dataclass

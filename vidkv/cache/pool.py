@@ -62,12 +62,14 @@ class PagePool:
     def reserve(self, slots: int) -> None:
         """Promise room for `slots` more; grows the buffers (one copy) when the promises exceed them."""
         self.reserved += slots
-        if self.reserved <= self.slots:
+        # a dropped cache may cancel its promise at any allocation
+        wanted = self.reserved
+        if wanted <= self.slots:
             return
-        grown = self.format.allocate(self.reserved, self.device)
+        grown = self.format.allocate(wanted, self.device)
         for name, buffer in self.storage.items():
             grown[name][:, : self.slots] = buffer
-        self.references += [0] * (self.reserved - self.slots)
+        self.references += [0] * (wanted - self.slots)
         self.storage = grown
 
     def cancel(self, slots: int) -> None:
