@@ -159,19 +159,25 @@ def bench_rollout(
 @eval_app.command("world")
 def eval_world(
     model: Model = "bounce",
-    rollouts: Annotated[int, typer.Option(min=2, help="Paired rollouts.")] = 200,
-    chunks: Annotated[int, typer.Option(min=4, help="Chunks per rollout.")] = 21,
+    rollouts: Annotated[int | None, typer.Option(min=2, help="Paired rollouts; by default 200.")] = None,
+    chunks: Annotated[int | None, typer.Option(min=4, help="Chunks per rollout; by default 21.")] = None,
     kv_format: Annotated[str, typer.Option(help="Format compared with the unquantized one.")] = "int8",
     quick: Annotated[bool, typer.Option(help="A few short rollouts, as CI runs them.")] = False,
     controls: Annotated[bool, typer.Option(help="Also run the negative controls and A/A.")] = False,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale of the first chunk; 1 for none.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Hold rollouts of the embedded world against what the prompt and physics say."""
     from vidkv.apps.evaluate import evaluate_world, table
 
     with ProgressLine() as line:
-        report = evaluate_world(model, rollouts, chunks, kv_format, quick, controls, line.step_done)
+        report = evaluate_world(model, rollouts, chunks, kv_format, quick, controls, line.step_done, guidance)
     _emit(report, as_json, table(report))
+    if report.get("controls_pass") is False:
+        _say("a negative control moved nothing, or A/A moved something: these metrics prove nothing")
+        raise typer.Exit(FAILED)
 
 
 @train_app.command("bounce")

@@ -95,8 +95,7 @@ def _read_paths_on_gpu() -> list[Check]:
     """The same where there is a GPU; a probe of its own, so that its crash hides nothing."""
     from vidkv.attention import self_test
 
-    # the type checker announces when self_test knows devices: then this comment goes
-    return _held(self_test("cuda"), " on the GPU") if _gpu_usable() else []  # type: ignore[call-arg]
+    return _held(self_test("cuda"), " on the GPU") if _gpu_usable() else []
 
 
 def _held(errors: Iterable[tuple[str, float, float]], where: str) -> list[Check]:

@@ -111,12 +111,14 @@ def evaluate_world(
     quick: bool,
     controls: bool,
     tell: Tell,
+    guidance: float | None = None,
 ) -> dict[str, Any]:
     """Roll the tasks out with the model's own cache and with `kv_format`, and compare.
 
     Args:
         rollouts, chunks: None for ROLLOUTS of CHUNKS.
-        quick: instead of these defaults QUICK_ROLLOUTS of QUICK_CHUNKS; other numbers stay.
+        quick: QUICK_ROLLOUTS of QUICK_CHUNKS where none are given.
+        guidance: scale of the first chunk's guidance instead of the model's own; 1 for none.
 
     Returns:
         `identity`, `colour_delta_e`, `count_error` and the other per-chunk metrics of the unquantized
@@ -133,8 +135,10 @@ def evaluate_world(
     grammar = pipe.config.prompt_grammar or ""
     if not grammar.startswith("bounce:"):
         raise InputError(f"model={model!r} is no model of the embedded world; its truth is unknown")
-    rollouts = _size(rollouts, ROLLOUTS, QUICK_ROLLOUTS, quick)
-    chunks = _size(chunks, CHUNKS, QUICK_CHUNKS, quick)
+    if guidance is not None:
+        pipe.register_to_config(first_chunk_guidance=guidance)
+    rollouts = rollouts or (QUICK_ROLLOUTS if quick else ROLLOUTS)
+    chunks = chunks or (QUICK_CHUNKS if quick else CHUNKS)
     world = WORLDS[grammar.removeprefix("bounce:")]
     spec = pipe.default_cache()
     lossy = CacheSpec.of(spec.model_dump() | {"format": kv_format})
@@ -163,12 +167,6 @@ def evaluate_world(
         report["controls"] = _controls(pipe, world, chunks, spec, tell)
         report["controls_pass"] = all(_worked(control) for control in report["controls"].values())
     return _finite(report)
-
-
-def _size(wanted: int | None, usual: int, quick_one: int, quick: bool) -> int:
-    if wanted is None or wanted == usual:
-        return quick_one if quick else usual
-    return wanted
 
 
 def _roll(

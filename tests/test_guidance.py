@@ -108,7 +108,7 @@ class TestPipeline:
 
     def test_bad_arguments(self) -> None:
         pipe = build_pipeline()
-        with pytest.raises(InputError, match="guidance scale 0.5"):
+        with pytest.raises(InputError, match=r"guidance scale 0\.5"):
             pipe(PROMPT, guidance_scale=0.5, **SIZE)
         with pytest.raises(PromptError, match="'zebra'"):
             pipe(PROMPT, guidance_scale=2.0, negative_prompt="a zebra", **SIZE)

@@ -339,7 +339,7 @@ class TestClaim:
             from vidkv.segments import claim_folder
             with claim_folder(Path(sys.argv[1]) / "s"):
                 print("held", flush=True)
-                time.sleep(600)
+                time.sleep(30)
             """,
             tmp_path,
         ) as process:

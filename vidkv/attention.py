@@ -202,7 +202,7 @@ def _attend_float64(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def self_test() -> list[tuple[str, float, float]]:
+def self_test(device: str = "cpu") -> list[tuple[str, float, float]]:
     """Run the read path of every page format on small random data against float64.
 
     Returns:
@@ -210,16 +210,16 @@ def self_test() -> list[tuple[str, float, float]]:
         went in, not those decoded.
     """
     bounds = {"fp32": 1e-5, "bf16": 1e-2, "int8": 2e-2}
-    return [(f"two-pass, {name} pages", _read_error(name), bounds[name]) for name in bounds]
+    return [(f"two-pass, {name} pages", _read_error(name, device), bounds[name]) for name in bounds]
 
 
-def _read_error(format: str) -> float:
+def _read_error(format: str, device: str) -> float:
     spec = CacheSpec(format=format, window=9, sink=2, segment=2)
     geometry = CacheGeometry(layers=1, kv_heads=2, head_dim=64, height=3, width=5)
     generator = torch.Generator().manual_seed(0)
-    frames = [torch.randn(3, 1, 3, 15, 2, 64, generator=generator) for _ in range(4)]
-    tested, outputs = KVCache(spec, geometry), {}
-    exact = KVCache(spec.model_copy(update={"format": "fp32"}), geometry)
+    frames = [torch.randn(3, 1, 3, 15, 2, 64, generator=generator).to(device) for _ in range(4)]
+    tested, outputs = KVCache(spec, geometry, device), {}
+    exact = KVCache(spec.model_copy(update={"format": "fp32"}), geometry, device)
     for name, cache in (("tested", tested), ("exact", exact)):
         for q, k, v in frames:
             cache.begin(3)
