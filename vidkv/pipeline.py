@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 from vidkv.cache import CacheSpec
 from vidkv.errors import Cancelled, CheckpointError, InputError
 from vidkv.memory import MemoryPlan, latent_size, pixel_size, plan_loaded
-from vidkv.models.checkpoints import read_json, verify
+from vidkv.models.checkpoints import read_json, require_tokenizer, verify
 from vidkv.models.registry import MODELS, ModelEntry, canonical_prompt, contrast_prompt, weights_folder
 from vidkv.models.text import encode_prompts
 from vidkv.models.vae import StreamingDecoder, pixel_frames
@@ -120,7 +120,7 @@ class CausalVideoPipeline(DiffusionPipeline):
         verify(folder / "transformer", CausalWanTransformer3DModel)
         verify(folder / "vae", AutoencoderKLWan)
         verify(folder / "text_encoder", UMT5EncoderModel)
-        read_json(folder / "tokenizer" / "tokenizer_config.json")
+        require_tokenizer(folder / "tokenizer")
         kwargs.setdefault("dtype", kwargs.pop("torch_dtype", torch.float32))
         kwargs.setdefault("local_files_only", True)
         try:

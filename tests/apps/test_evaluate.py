@@ -12,8 +12,9 @@ import pytest
 from vidkv.apps import evaluate
 from vidkv.apps.controls import BROKEN_CACHES, EXPECTED
 from vidkv.apps.evaluate import Results, judge, judge_repetition
+from vidkv.errors import VidkvError
 from vidkv.models.bounce.metrics import RolloutMetrics
-from vidkv.models.bounce.prompts import WORLDS
+from vidkv.models.bounce.prompts import WORLDS, World
 from vidkv.pipeline import CausalVideoPipeline
 
 ROLLOUTS, CHUNKS = 8, 5
@@ -134,11 +135,23 @@ def test_the_report_says_whether_the_controls_pass(monkeypatch: pytest.MonkeyPat
     json.dumps(report, allow_nan=False)
 
 
-def test_other_numbers_than_the_defaults_win_over_quick() -> None:
-    assert evaluate._size(None, 200, 6, quick=True) == 6
-    assert evaluate._size(None, 200, 6, quick=False) == 200
-    assert evaluate._size(9, 200, 6, quick=True) == 9
-    assert evaluate._size(9, 200, 6, quick=False) == 9
+def test_given_numbers_win_over_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def stop(number: int, world: World, chunks: int) -> list[evaluate.Task]:
+        asked.append((number, chunks))
+        raise VidkvError("that is enough")
+
+    monkeypatch.setattr(evaluate, "tasks", stop)
+    for rollouts, chunks, quick in (
+        (None, None, True),
+        (200, None, True),
+        (None, 21, True),
+        (None, None, False),
+    ):
+        with pytest.raises(VidkvError, match="enough"):
+            evaluate.evaluate_world("bounce", rollouts, chunks, "int8", quick, False, lambda *_: None)
+    assert asked == [(6, 9), (200, 9), (6, 21), (200, 21)]
 
 
 def test_a_quick_evaluation_is_long_enough_to_evict() -> None:
