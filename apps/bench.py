@@ -47,8 +47,8 @@ def rollout_report(
 
     Returns:
         Per format: pages read and tracked bytes per chunk (first, last, whether constant after the
-        warm-up), the ratio of the last to the first hundred chunks' median time with a 95 % bootstrap
-        interval, the slope of its process's resident memory over all chunks after the warm-up, and that
+        warm-up), the ratio of the last to the first quarter's median time (at most 100 chunks each) with a
+        95 % bootstrap interval, the slope of its process's resident memory after the warm-up, and that
         memory's peak; and the largest slope and peak of all.
 
     Raises:
@@ -156,8 +156,8 @@ def _summary(samples: list[Sample]) -> dict[str, Any]:
     seconds = np.array([sample.seconds for sample in samples[WARM_UP_CHUNKS:]])
     resident = np.array([sample.resident for sample in samples[WARM_UP_CHUNKS:]])
     slope = np.polyfit(np.arange(len(resident)), resident, 1)[0]
-    tenth = max(20, min(100, len(after) // 4))
-    ratio, low, high = median_ratio(seconds[-tenth:], seconds[:tenth])
+    quarter = max(20, min(100, len(after) // 4))
+    ratio, low, high = median_ratio(seconds[-quarter:], seconds[:quarter])
     return {
         "kv_bytes": rows[-1].kv_bytes,
         "kv_bytes_constant": len({row.kv_bytes for row in rows}) == 1,

@@ -12,9 +12,14 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import pytest
 import torch
+from hypothesis import settings as hypothesis_settings
 
 # the models here are tiny: a second thread gains nothing, and on a busy machine costs tenfold
 torch.set_num_threads(1)
+
+# the same examples on every machine: a new failure is the change's, not the day's
+hypothesis_settings.register_profile("vidkv", deadline=None, derandomize=True)
+hypothesis_settings.load_profile("vidkv")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

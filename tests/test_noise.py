@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-import tests.tiny  # noqa: F401
 from vidkv.noise import chunk_noise
 
 SHAPE = (3, 4, 8, 10)

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import tests.tiny  # noqa: F401  (hypothesis profile)
 from vidkv.errors import InputError, PromptError
 from vidkv.prompts import PromptSchedule
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
-from hypothesis import settings as hypothesis_settings
 from torch import Tensor, nn
 
 from vidkv.cache import CacheGeometry, CacheSpec
@@ -16,10 +15,6 @@ from vidkv.models.wan import CausalWanTransformer3DModel, TextContext
 from vidkv.pipeline import CausalVideoPipeline
 from vidkv.rollout import Rollout
 from vidkv.schedule import FlowSchedule
-
-# the same examples on every machine: a new failure is the change's, not the day's
-hypothesis_settings.register_profile("vidkv", deadline=None, derandomize=True)
-hypothesis_settings.load_profile("vidkv")
 
 CHANNELS, TEXT_DIM = 4, 64
 LATENT_SIZE = (CHANNELS, 4, 6)

@@ -30,7 +30,8 @@ def test_a_chunk_is_measured_in_cpu_time_and_with_its_decoding() -> None:
         time.sleep(0.2)
         return SimpleNamespace(stats=STATS)
 
-    sample = bench._sample(SimpleNamespace(step_chunk=step_chunk), "cpu")  # type: ignore[arg-type]
+    rollout_like: Any = SimpleNamespace(step_chunk=step_chunk)
+    sample = bench._sample(rollout_like, "cpu")
     assert sample.stats == STATS
     assert sample.seconds < 0.1
     assert sample.resident > 0

@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import tests.tiny  # noqa: F401  (hypothesis profile)
 from vidkv.cache.policies import POLICIES
 
 frames = st.sets(st.integers(0, 60), max_size=30).map(sorted)

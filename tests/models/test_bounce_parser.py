@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -101,8 +102,8 @@ class TestNoiseFloor:
 
     @pytest.mark.parametrize("degrade", [tinted, coarse_chroma])
     @pytest.mark.parametrize("family", ["bounce", "occluder"])
-    def test_nor_do_a_cast_and_coarse_chroma(self, family: Family, degrade: object) -> None:
-        floor = noise_floor(family, degrade, scenes=32, frames=2)  # type: ignore[arg-type]
+    def test_nor_do_a_cast_and_coarse_chroma(self, family: Family, degrade: Any) -> None:
+        floor = noise_floor(family, degrade, scenes=32, frames=2)
         assert floor.identity == 1 and floor.false_whole == 0
         assert floor.count_error < 0.02 and floor.bar_missed == 0
 

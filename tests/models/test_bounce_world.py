@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -314,9 +315,9 @@ class TestRenderer:
         assert prompt.event == (*prompt.objects[0], COLOURS[int(scenes.event_colour[0])])
 
 
-def message(text: str, **options: object) -> str:
+def message(text: str, **options: Any) -> str:
     with pytest.raises(PromptError) as error:
-        parse(text, **options)  # type: ignore[arg-type]
+        parse(text, **options)
     return str(error.value)
 
 
