@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from vidkv.cache import KVCache
-from vidkv.cache.kv_cache import Segment
+from vidkv.cache.kv_cache import Run, Segment
 from vidkv.cache.layout import OpenChunk
+from vidkv.kernels.paged_attention import PageRun
 
 
 class NoHistory(KVCache):
     """Reads nothing but the current chunk."""
 
-    def _read_plan(self, chunk: OpenChunk) -> tuple[Segment, ...]:
-        return ()
+    def _read_plan(self, chunk: OpenChunk) -> tuple[tuple[Segment, ...], tuple[Run, ...]]:
+        return (), ()
 
 
 class ShuffledPages(KVCache):
     """Pages stand at each other's positions."""
 
-    def _read_plan(self, chunk: OpenChunk) -> tuple[Segment, ...]:
+    def _read_plan(self, chunk: OpenChunk) -> tuple[tuple[Segment, ...], tuple[Run, ...]]:
         generator = torch.Generator().manual_seed(chunk.start)
         order = torch.randperm(len(chunk.positions), generator=generator).tolist()
         return super()._read_plan(replace(chunk, positions=tuple(chunk.positions[i] for i in order)))
@@ -31,7 +33,7 @@ class ShuffledPages(KVCache):
 class ShiftedRope(KVCache):
     """History stands one chunk further back than it is."""
 
-    def _read_plan(self, chunk: OpenChunk) -> tuple[Segment, ...]:
+    def _read_plan(self, chunk: OpenChunk) -> tuple[tuple[Segment, ...], tuple[Run, ...]]:
         shift = self.geometry.chunk_frames
         return super()._read_plan(replace(chunk, positions=tuple(p - shift for p in chunk.positions)))
 
@@ -39,9 +41,16 @@ class ShiftedRope(KVCache):
 class AnotherVideo(KVCache):
     """Every video of the batch reads the pages of its neighbour."""
 
-    def read(self, layer: int, segment: Segment) -> tuple[Tensor, Tensor]:
-        k, v = super().read(layer, segment)
+    def read(
+        self, layer: int, segment: Segment, temporal: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        k, v = super().read(layer, segment, temporal)
         return k.roll(1, 0), v.roll(1, 0)
+
+    def pages(self, layer: int, run: Run, temporal: Tensor) -> PageRun:
+        found = super().pages(layer, run, temporal)
+        mean = found.mean.roll(1, 0) if found.mean is not None else None
+        return replace(found, pages={name: x.roll(1, 1) for name, x in found.pages.items()}, mean=mean)
 
 
 BROKEN_CACHES: dict[str, type[KVCache]] = {

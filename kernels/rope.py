@@ -61,16 +61,26 @@ def rotate(x: Tensor, phases: Tensor) -> Tensor:
     return torch.view_as_real(pairs * phases).flatten(-2).to(x.dtype)
 
 
+def rotate_first(x: Tensor, phases: Tensor) -> Tensor:
+    """Turn the first pairs of the last axis, those of time; phases broadcast against (…, pairs)."""
+    turned = 2 * phases.shape[-1]
+    return torch.cat([rotate(x[..., :turned], phases), x[..., turned:]], -1)
+
+
+def rotate_last(x: Tensor, phases: Tensor) -> Tensor:
+    """Turn the last pairs of the last axis, those of row and column; phases as in `rotate_first`."""
+    left = x.shape[-1] - 2 * phases.shape[-1]
+    return torch.cat([x[..., :left], rotate(x[..., left:], phases)], -1)
+
+
 def rotate_temporal(x: Tensor, phases: Tensor) -> Tensor:
     """Rotate by frame. x: (batch, frames, tokens, heads, head_dim); phases: (frames, time pairs)."""
-    time = 2 * phases.shape[-1]
-    return torch.cat([rotate(x[..., :time], phases[:, None, None]), x[..., time:]], -1)
+    return rotate_first(x, phases[:, None, None])
 
 
 def rotate_spatial(x: Tensor, phases: Tensor) -> Tensor:
     """Rotate by row and column. x: (batch, frames, tokens, heads, head_dim); phases: (tokens, pairs)."""
-    time = x.shape[-1] - 2 * phases.shape[-1]
-    return torch.cat([x[..., :time], rotate(x[..., time:], phases[:, None])], -1)
+    return rotate_last(x, phases[:, None])
 
 
 def rotate_full(x: Tensor, temporal: Tensor, spatial: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from vidkv.attention import BlockCausalAttention, CachedAttention, FullAttention
 from vidkv.cache import CacheGeometry, CacheSpec, KVCache
 from vidkv.errors import CacheStateError
 from vidkv.kernels.rope import rotate_full, spatial_phases, temporal_phases
+from vidkv.read_path import REFERENCE, TWO_PASS
 
 Reads = list[tuple[list[int], list[tuple[int, int]]]]
 """Per chunk: its frames, and (frame, distance from the chunk's first frame) of everything it reads."""
@@ -128,7 +129,7 @@ def through_the_cache(
     for start, n in zip(accumulate(chunks, initial=0), chunks, strict=False):
         cache.begin(n)
         with cache.committing():
-            attention = CachedAttention(cache, commit=True, reference=reference)
+            attention = CachedAttention(cache, REFERENCE if reference else TWO_PASS, commit=True)
             outputs.append(attention.layer(0)(*(x[:, start : start + n] for x in qkv)))
     return torch.cat(outputs, 1)
 

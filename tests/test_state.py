@@ -130,7 +130,7 @@ class TestFile:
         with safe_open(saved(tmp_path, model), framework="pt") as file:
             header = json.loads(file.metadata()["vidkv"])
             names = set(file.keys())
-        assert header["schema"] == state.SCHEMA == 1
+        assert header["schema"] == state.SCHEMA == 2
         assert header["torch"] == torch.__version__
         assert header["rollout"]["chunk"] == 3 and header["rollout"]["seeds"] == [7]
         assert {"window_latents", "cache.pages.k", "cache.pages.k_scale", "cache.key_mean"} <= names
@@ -251,14 +251,14 @@ class TestRefused:
         save_file(load_file(path), path, {"vidkv": header})
         assert str(path) in self.refused(path, build_rollout(SPEC, transformer=model))
 
-    @pytest.mark.parametrize("schema", [0, 2, None, "1"])
+    @pytest.mark.parametrize("schema", [0, 1, None, "1"])
     def test_another_version(
         self, tmp_path: Path, model: CausalWanTransformer3DModel, schema: object
     ) -> None:
         path = saved(tmp_path, model)
         rewritten(path, lambda header, _: header.update(schema=schema))
         message = self.refused(path, build_rollout(SPEC, transformer=model))
-        assert f"version {schema}" in message and "version 1" in message
+        assert f"version {schema}" in message and "version 2" in message
 
     @pytest.mark.parametrize("name", ["cache.pages.k", "cache.key_mean", "window_latents"])
     def test_a_missing_tensor(self, tmp_path: Path, model: CausalWanTransformer3DModel, name: str) -> None:

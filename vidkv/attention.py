@@ -14,20 +14,17 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from vidkv.cache.kv_cache import KVCache
+from vidkv.cache.kv_cache import KVCache, Run, Segment
 from vidkv.cache.layout import Layout, OpenChunk
 from vidkv.cache.spec import CacheGeometry, CacheSpec
 from vidkv.errors import CacheStateError
 from vidkv.kernels.attention import attend, attend_reference, attend_with_lse, merge
 from vidkv.kernels.gather import Gather
-from vidkv.kernels.rope import (
-    axis_channels,
-    rotate,
-    rotate_full,
-    rotate_spatial,
-    spatial_phases,
-    temporal_phases,
-)
+from vidkv.kernels.jit import triton
+from vidkv.kernels.paged_attention import Tile, attend_pages
+from vidkv.kernels.rope import rotate_full, spatial_phases, temporal_phases
+from vidkv.kernels.rotary import rotate_chunk
+from vidkv.read_path import REFERENCE, TWO_PASS, ReadPath
 
 
 class FullAttention:
@@ -148,83 +145,101 @@ def _reads(spec: CacheSpec, chunks: Sequence[int]) -> list[OpenChunk]:
 
 
 class CachedAttention:
-    """The open chunk reads the cache and itself: the two-pass read path.
+    """The open chunk reads the cache and itself, by one of the read paths.
 
-    Segment by segment, pages are decoded into scratch and turned to their distance from the chunk's
-    first frame; torch's SDPA attends to each segment and the parts are merged by their log-sum-exp.
-    Scratch is one segment, whatever the window.
+    *two-pass*: segment by segment, pages are decoded into scratch and turned to their distance from the
+    chunk's first frame; torch's SDPA attends to each segment and the parts are merged by their log-sum-exp.
+    Scratch is one segment, whatever the window. *reference* is the same at float64. *fused*: one kernel
+    reads the pages where they lie (`kernels.paged_attention`).
 
     Args:
         cache: with an open chunk.
+        path: how to read; it must not change within a rollout, whose bits depend on it.
         commit: write each layer's keys and values after reading it (the clean pass).
-        reference: attend in plain torch at float64 instead of through the fused operators.
     """
 
-    def __init__(self, cache: KVCache, commit: bool = False, reference: bool = False) -> None:
+    def __init__(self, cache: KVCache, path: ReadPath = TWO_PASS, commit: bool = False) -> None:
         if cache.opened is None:
             raise CacheStateError("the cache has no open chunk to attend from")
-        self.cache, self.commit = cache, commit
-        self.attend = _attend_float64 if reference else attend_with_lse
-        g, first, device = cache.geometry, cache.opened.first_position, cache.device
+        self.cache, self.path, self.commit = cache, path, commit
+        g, device = cache.geometry, cache.device
         self.spatial = spatial_phases(g.head_dim, g.height, g.width, device)
         self.own = temporal_phases(g.head_dim, torch.arange(cache.opened.frames, device=device))
-        self.past = [
-            temporal_phases(g.head_dim, torch.tensor(segment.positions, device=device) - first)
-            for segment in cache.segments
-        ]
+        self.history: list[tuple[Run, Tensor]] = []
+        self.segments: list[tuple[Segment, list[Tensor]]] = []
+        if path.name == "fused":
+            self.history = [(run, temporal_phases(g.head_dim, run.offsets)) for run in cache.history]
+        else:
+            self.segments = [
+                (segment, [temporal_phases(g.head_dim, run.offsets) for run in segment])
+                for segment in cache.segments
+            ]
 
     def layer(self, index: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         return partial(self._attend, index)
 
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         frames = q.shape[1]
-        q = rearrange(rotate_full(q, self.own, self.spatial), "b f s n d -> b n (f s) d")
-        k = rearrange(rotate_spatial(k, self.spatial), "b f s n d -> b n f s d")
-        v = rearrange(v, "b f s n d -> b n f s d")
-        out, lse = self._part(q, k, v, self.own)
-        out = out.to(lse.dtype)
-        for segment, phases in zip(self.cache.segments, self.past, strict=True):
-            past_k, past_v = self.cache.read(layer, segment)
-            out, lse = merge(out, lse, *self._part(q, past_k, past_v, phases))
+        q, own_k = (rotate_chunk(x, self.own, self.spatial) for x in (q, k))
+        own_v = rearrange(v, "b f s n d -> b n (f s) d")
+        read = self._read_fused if self.path.name == "fused" else self._read_segments
+        out = read(layer, q, own_k, own_v)
         if self.commit:
-            self.cache.write(layer, k, v)
-        return rearrange(out.to(q.dtype), "b n (f s) d -> b f s n d", f=frames)
+            k, v = (rearrange(x, "b f s n d -> b n f s d") for x in (k, v))
+            self.cache.write(layer, k, v, self.spatial)
+        return rearrange(out, "b n (f s) d -> b f s n d", f=frames)
 
-    def _part(self, q: Tensor, k: Tensor, v: Tensor, phases: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention of q over pages k, v (b, n, pages, s, d), keys turned by phases (pages, pairs)."""
-        time = axis_channels(k.shape[-1])[0]
-        k = torch.cat([rotate(k[..., :time], phases[:, None]), k[..., time:]], -1)
-        return self.attend(q, k.flatten(2, 3), v.flatten(2, 3).contiguous())
+    def _read_segments(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, lse = self._part(q, k, v)
+        out = out.to(lse.dtype)
+        for segment, temporal in self.segments:
+            k, v = (x.flatten(2, 3) for x in self.cache.read(layer, segment, temporal))
+            out, lse = merge(out, lse, *self._part(q, k, v))
+        return out.to(q.dtype)
 
+    def _part(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if self.path.name == "reference":
+            return attend_reference(q.double(), k.double(), v.double())
+        return attend_with_lse(q, k, v, self.path.backend)
 
-def _attend_float64(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    out, lse = attend_reference(q.double(), k.double(), v.double())
-    return out, lse
+    def _read_fused(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        runs = [self.cache.pages(layer, run, temporal) for run, temporal in self.history]
+        coded = next((run for run in runs if run.mean is not None), None)
+        plain = next((run for run in runs if run.mean is None), None)
+        assert self.path.tile is not None
+        out, _, _ = attend_pages(q, k, v, coded, plain, self.path.tile)
+        return out
 
 
 def self_test(device: str = "cpu") -> list[tuple[str, float, float]]:
-    """Run the read path of every page format on small random data against float64.
+    """Run the read paths of every page format on small random data against float64.
 
     Returns:
-        (name, rel-L2 error, bound) per format; the bound of a quantized one is against the values that
-        went in, not those decoded.
+        (name, rel-L2 error, bound) per path and format; the bound of a quantized one is against the values
+        that went in, not those decoded.
     """
     bounds = {"fp32": 1e-5, "bf16": 1e-2, "int8": 2e-2}
-    return [(f"two-pass, {name} pages", _read_error(name, device), bounds[name]) for name in bounds]
+    paths = [TWO_PASS]
+    if device != "cpu" and triton:
+        paths.append(ReadPath("fused", tile=Tile(32, 32, 4, 2)))
+    return [
+        (f"{path.name}, {name} pages", _read_error(path, name, device), bounds[name])
+        for path in paths
+        for name in bounds
+    ]
 
 
-def _read_error(format: str, device: str) -> float:
+def _read_error(path: ReadPath, format: str, device: str) -> float:
     spec = CacheSpec(format=format, window=9, sink=2, segment=2)
     geometry = CacheGeometry(layers=1, kv_heads=2, head_dim=64, height=3, width=5)
     generator = torch.Generator().manual_seed(0)
     frames = [torch.randn(3, 1, 3, 15, 2, 64, generator=generator).to(device) for _ in range(4)]
-    tested, outputs = KVCache(spec, geometry, device), {}
-    exact = KVCache(spec.model_copy(update={"format": "fp32"}), geometry, device)
-    for name, cache in (("tested", tested), ("exact", exact)):
+    exact_spec, outputs = spec.model_copy(update={"format": "fp32"}), []
+    for chosen, settings in ((path, spec), (REFERENCE, exact_spec)):
+        cache = KVCache(settings, geometry, device)
         for q, k, v in frames:
             cache.begin(3)
             with cache.committing():
-                read = CachedAttention(cache, commit=True, reference=name == "exact")
-                outputs[name] = read.layer(0)(q, k, v)
-    difference = (outputs["tested"] - outputs["exact"]).norm()
-    return float(difference / outputs["exact"].norm())
+                out = CachedAttention(cache, chosen, commit=True).layer(0)(q, k, v)
+        outputs.append(out)
+    return float((outputs[0] - outputs[1]).norm() / outputs[1].norm())

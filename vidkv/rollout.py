@@ -15,9 +15,12 @@ from torch import Tensor
 from vidkv.attention import CachedAttention
 from vidkv.cache import CacheGeometry, CacheSpec, KVCache
 from vidkv.cache.saved import check_tensor, entry, whole_numbers
+from vidkv.dispatch import check as check_path
+from vidkv.dispatch import choose as choose_path
 from vidkv.errors import InputError, NumericsError, StateError
 from vidkv.models.wan import CausalWanTransformer3DModel, TextContext
 from vidkv.noise import chunk_noise
+from vidkv.read_path import ReadPath
 from vidkv.schedule import TRAIN_TIMESTEPS, FlowSchedule
 
 
@@ -97,6 +100,7 @@ class Rollout:
         seeds: one per batch element.
         chunk_frames: latent frames per chunk.
         decoder: turns finished latents into frames; None leaves them latent.
+        path: how pages are read; by default what `dispatch.choose` finds fastest. It stays.
     """
 
     def __init__(
@@ -110,6 +114,7 @@ class Rollout:
         chunk_frames: int = 3,
         decoder: Decoder | None = None,
         cache: KVCache | None = None,
+        path: ReadPath | None = None,
     ) -> None:
         _, height, width = latent_size
         for seed in seeds:
@@ -124,6 +129,8 @@ class Rollout:
         self.decoder = decoder
         self.device, self.dtype = transformer.device, transformer.dtype
         geometry = CacheGeometry.of_model(transformer.config, height, width, chunk_frames, len(self.seeds))
+        heads = transformer.config.num_attention_heads
+        self.path = path or choose_path(spec, geometry, heads, self.device, self.dtype)
         self.cache = cache or KVCache(spec, geometry, self.device, self.dtype)
         self.chunk = 0
         self.window_latents: dict[int, Tensor] = {}
@@ -235,7 +242,7 @@ class Rollout:
         """
         other = Rollout(
             self.transformer, self.text, self.cache.spec, self.schedule, self.latent_size, self.seeds,
-            self.chunk_frames, self.decoder.copy() if self.decoder else None, self.cache.fork(),
+            self.chunk_frames, self.decoder.copy() if self.decoder else None, self.cache.fork(), self.path,
         )  # fmt: skip
         other.negative = self.negative
         other.chunk, other.window_latents = self.chunk, dict(self.window_latents)
@@ -276,6 +283,7 @@ class Rollout:
             "seeds": list(self.seeds),
             "schedule": asdict(self.schedule),
             "window_frames": list(self.window_latents),
+            "read_path": self.path.as_dict(),
         }
         return tensors, header
 
@@ -292,6 +300,8 @@ class Rollout:
         self.cache.check_state(cache_tensors, cache)
         chunk, seeds = entry(header, "chunk", int), tuple(whole_numbers(header, "seeds"))
         schedule = _schedule(entry(header, "schedule", dict))
+        path = ReadPath.of(entry(header, "read_path", dict))
+        check_path(path, self.cache.spec, self.cache.geometry, self.device, self.dtype)
         if len(seeds) != len(self.seeds) or not all(0 <= seed < 2**64 for seed in seeds):
             raise StateError(f"the saved seeds are {seeds!s:.60}, this rollout needs {len(self.seeds)}")
         if not chunk <= cache["next_frame"] <= chunk * self.chunk_frames:
@@ -311,14 +321,14 @@ class Rollout:
         if self.decoder:
             self.decoder.restore(_under("decoder.", tensors), (len(seeds), *self.latent_size[1:]))
         self.cache.restore(cache_tensors, cache)
-        self.chunk, self.seeds, self.schedule = chunk, seeds, schedule
+        self.chunk, self.seeds, self.schedule, self.path = chunk, seeds, schedule, path
         self.window_latents = dict(zip(frames, kept, strict=True))
 
     def _denoise(
         self, frames: int, noise: Tensor | None, on_step: OnStep | None, edit: EditStep | None
     ) -> Tensor:
         sigmas = self.schedule.sigmas(self.chunk)
-        attention = CachedAttention(self.cache)
+        attention = CachedAttention(self.cache, self.path)
         x = self._noise(0, frames) if noise is None else noise.to(self.device, self.dtype)
         for step, (sigma, next_sigma) in enumerate(zip(sigmas, (*sigmas[1:], 0.0), strict=True)):
             flow = self._flow(x, sigma, attention)
@@ -346,7 +356,7 @@ class Rollout:
     def _commit(self, latents: Tensor) -> None:
         start = self.next_frame
         self.cache.begin(latents.shape[1])
-        attention = CachedAttention(self.cache, commit=True)
+        attention = CachedAttention(self.cache, self.path, commit=True)
         with self.cache.committing():
             # not needed for itself, but NaN in any layer's keys or values reaches it
             flow = self.transformer(latents, self._timestep(0.0, latents.shape[1]), self.text, attention)

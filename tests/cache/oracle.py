@@ -118,8 +118,11 @@ def assert_reads(cache: KVCache, oracle: Oracle) -> None:
     assert list(cache.opened.positions) == positions
     assert cache.opened.first_position == first
     assert cache.opened.start == oracle.next_frame
-    assert [p for segment in cache.segments for p in segment.positions] == positions
-    assert all(len(s.positions) == cache.spec.segment for s in cache.segments[:-1])
+    sizes = [sum(len(run.slots) for run in segment) for segment in cache.segments]
+    assert all(size == cache.spec.segment for size in sizes[:-1])
+    offsets = [position - first for position in positions]
+    assert [o for segment in cache.segments for run in segment for o in run.offsets.tolist()] == offsets
+    assert sorted(o for run in cache.history for o in run.offsets.tolist()) == offsets
     for layer in range(cache.geometry.layers):
         found = read_all(cache, layer)
         if not oracle.frames:

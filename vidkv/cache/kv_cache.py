@@ -20,6 +20,8 @@ from vidkv.cache.pool import PagePool
 from vidkv.cache.saved import check_tensor, entry
 from vidkv.cache.spec import CacheGeometry, CacheSpec
 from vidkv.errors import CacheSpecError, CacheStateError, StateError
+from vidkv.kernels.paged_attention import PageRun
+from vidkv.kernels.rope import rotate_last
 
 
 class State(Enum):
@@ -41,16 +43,22 @@ class Page:
 
 
 @dataclass(frozen=True)
-class Segment:
-    """Pages that a read brings into scratch together, in position order.
+class Run:
+    """Pages of one pool in position order.
 
     Attributes:
-        runs: (pool, slots int64) of neighbouring pages in one pool.
-        positions: temporal positions of the pages.
+        pool: its name.
+        slots: (pages,) int64 on the cache's device.
+        offsets: (pages,) frames from the open chunk's first frame, negative, likewise.
     """
 
-    runs: tuple[tuple[str, Tensor], ...]
-    positions: tuple[int, ...]
+    pool: str
+    slots: Tensor
+    offsets: Tensor
+
+
+Segment = tuple[Run, ...]
+"""What a two-pass read brings into scratch together, in position order."""
 
 
 def planned_pools(
@@ -135,6 +143,7 @@ class KVCache:
         self.state = State.IDLE
         self.opened: OpenChunk | None = None
         self.segments: tuple[Segment, ...] = ()
+        self.history: tuple[Run, ...] = ()
         self.key_mean: Tensor | None = None
         if self.plan["pages"][0].uses_key_mean:
             g = geometry
@@ -159,7 +168,7 @@ class KVCache:
         """Open the next chunk; from here on what it reads is fixed."""
         self._expect(State.IDLE)
         self.opened = self.layout.begin(frames)
-        self.segments = self._read_plan(self.opened)
+        self.segments, self.history = self._read_plan(self.opened)
         self.state = State.OPEN
         return self.opened
 
@@ -167,7 +176,8 @@ class KVCache:
         """Give the open chunk up; the cache is as it was before `begin`."""
         self._expect(State.OPEN)
         self.layout.abandon()
-        self.opened, self.segments, self.state = None, (), State.IDLE
+        self.state = State.IDLE
+        self._forget_chunk()
 
     @contextmanager
     def committing(self) -> Iterator[None]:
@@ -187,30 +197,54 @@ class KVCache:
             raise
         self._finish(self._commit)
 
-    def read(self, layer: int, segment: Segment) -> tuple[Tensor, Tensor]:
-        """Decode one segment of one layer: keys (without frame rotation) and values.
+    def read(
+        self, layer: int, segment: Segment, temporal: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Decode one segment of one layer.
+
+        Args:
+            temporal: frame phases (pages, time pairs) of each run, to turn keys by; None leaves them.
 
         Returns:
             k, v: (batch, kv_heads, pages, tokens, head_dim) in the compute dtype.
         """
-        if self._commit is not None and layer in self._commit.written:
-            raise CacheStateError(f"layer {layer} of this chunk is committed already; its old pages are gone")
-        mean = self.key_mean[layer] if self.key_mean is not None else None
         parts = []
-        for name, slots in segment.runs:
-            pool = self.pools[name]
-            parts.append(pool.format.read(pool.storage, layer, slots, self.dtype, mean))
-            self.pages_read += len(slots)
-            self.lossy_pages_read += 0 if pool.format.lossless else len(slots)
+        for index, run in enumerate(segment):
+            pool = self._reading(layer, run)
+            phases, mean = temporal[index] if temporal else None, self._mean(layer, pool.format)
+            parts.append(pool.format.read(pool.storage, layer, run.slots, self.dtype, phases, mean))
         if len(parts) == 1:
             return parts[0]
         return torch.cat([k for k, _ in parts], 2), torch.cat([v for _, v in parts], 2)
 
-    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+    def pages(self, layer: int, run: Run, temporal: Tensor) -> PageRun:
+        """Pages of one layer where they lie, for the fused read.
+
+        Args:
+            temporal: frame phases (pages, time pairs).
+        """
+        pool = self._reading(layer, run)
+        stored = pool.format.layer(pool.storage, layer)
+        return PageRun(stored, run.slots, temporal, self._mean(layer, pool.format))
+
+    def _reading(self, layer: int, run: Run) -> PagePool:
+        """The pool of a run whose pages are about to be read, which is counted."""
+        if self._commit is not None and layer in self._commit.written:
+            raise CacheStateError(f"layer {layer} of this chunk is committed already; its old pages are gone")
+        pool = self.pools[run.pool]
+        self.pages_read += len(run.slots)
+        self.lossy_pages_read += 0 if pool.format.lossless else len(run.slots)
+        return pool
+
+    def _mean(self, layer: int, format: PageFormat) -> Tensor | None:
+        return self.key_mean[layer] if self.key_mean is not None and format.uses_key_mean else None
+
+    def write(self, layer: int, k: Tensor, v: Tensor, spatial: Tensor | None = None) -> None:
         """Commit one layer of the open chunk; the layer must not be read again in this pass.
 
         Args:
-            k, v: (batch, kv_heads, frames, tokens, head_dim); k with row and column rotation only.
+            k, v: (batch, kv_heads, frames, tokens, head_dim).
+            spatial: row and column phases (tokens, pairs) to turn keys by; None: they are turned.
         """
         self._expect(State.COMMITTING)
         assert self._commit is not None
@@ -218,17 +252,17 @@ class KVCache:
             raise CacheStateError(f"layer {layer} of this chunk is committed already")
         self._commit.written.add(layer)
         if self.key_mean is not None and not self._mean_frozen:
-            self.key_mean[layer] = k.float().mean((2, 3))
-        mean = self.key_mean[layer] if self.key_mean is not None else None
-        full, pages = self.pools.get("full"), self.pools["pages"]
-        for source, target in self._commit.demotions:
-            assert full is not None
-            slots = torch.tensor([source], device=self.device)
-            old_k, old_v = full.format.read(full.storage, layer, slots, self.dtype, None)
-            pages.format.write(pages.storage, layer, [target], old_k, old_v, mean)
-        for name, (indices, slots_) in self._commit.writes.items():
+            turned = k.float() if spatial is None else rotate_last(k.float(), spatial)
+            self.key_mean[layer] = turned.mean((2, 3))
+        for demotion in self._commit.demotions:
+            full, pages = self.pools["full"], self.pools["pages"]
+            old = full.format.read(full.storage, layer, demotion.source, self.dtype, None, None)
+            mean = self._mean(layer, pages.format)
+            pages.format.write(pages.storage, layer, demotion.target, *old, None, mean)
+        for name, (indices, slots) in self._commit.writes.items():
             pool = self.pools[name]
-            pool.format.write(pool.storage, layer, slots_, k[:, :, indices], v[:, :, indices], mean)
+            chosen = k[:, :, indices], v[:, :, indices]
+            pool.format.write(pool.storage, layer, slots, *chosen, spatial, self._mean(layer, pool.format))
 
     def fork(self) -> KVCache:
         """A second cache with the same history; pages are shared until each has moved on."""
@@ -246,7 +280,8 @@ class KVCache:
     def close(self) -> None:
         """Let go of all pages and of the pools, for good; forks keep theirs."""
         self._give_back()
-        self.pools, self.segments, self.opened, self.state = {}, (), None, State.CLOSED
+        self.pools, self.state = {}, State.CLOSED
+        self._forget_chunk()
 
     def state_tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything a restore needs: page bytes in position order, and a JSON-able header."""
@@ -291,7 +326,8 @@ class KVCache:
         self.layout = Layout(self.spec, self.geometry.chunk_frames)
         self.layout.resident = tuple(frame for frame, _ in header["resident"])
         self.layout.next_frame = header["next_frame"]
-        self.opened, self.segments, self._commit, self.state = None, (), None, State.IDLE
+        self.state = State.IDLE
+        self._forget_chunk()
 
     def check_state(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
         """Say whether `restore` would take this; nothing is changed.
@@ -379,18 +415,30 @@ class KVCache:
         if self.state is not state:
             raise CacheStateError(f"the cache is {self.state.value}, this needs it {state.value}")
 
-    def _read_plan(self, chunk: OpenChunk) -> tuple[Segment, ...]:
-        """Cut the history at fixed boundaries, whatever the slots, so that sums do not depend on them."""
+    def _read_plan(self, chunk: OpenChunk) -> tuple[tuple[Segment, ...], tuple[Run, ...]]:
+        """Cut the history at fixed boundaries, whatever the slots, so that sums do not depend on them.
+
+        Returns:
+            Segments, and the whole history as one run for each pool that has a part of it.
+        """
         size = self.spec.segment
-        segments = []
-        for start in range(0, len(chunk.history), size):
-            frames = chunk.history[start : start + size]
-            runs = tuple(
-                (name, torch.tensor([self.table[f].slot for f in group], device=self.device))
-                for name, group in groupby(frames, key=lambda f: self.table[f].pool)
+        placed = [
+            (frame, self.table[frame], position - chunk.first_position)
+            for frame, position in zip(chunk.history, chunk.positions, strict=True)
+        ]
+        segments = tuple(
+            tuple(
+                self._run(name, list(group))
+                for name, group in groupby(placed[start : start + size], key=lambda part: part[1].pool)
             )
-            segments.append(Segment(runs, chunk.positions[start : start + size]))
-        return tuple(segments)
+            for start in range(0, len(placed), size)
+        )
+        history = ((name, [part for part in placed if part[1].pool == name]) for name in self.pools)
+        return segments, tuple(self._run(name, parts) for name, parts in history if parts)
+
+    def _run(self, pool: str, placed: Sequence[tuple[int, Page, int]]) -> Run:
+        slots, offsets = ([p.slot for _, p, _ in placed], [offset for _, _, offset in placed])
+        return Run(pool, *(torch.tensor(x, device=self.device) for x in (slots, offsets)))
 
     def _pool_of(self, frame: int, end: int) -> str:
         """Where a frame belongs when `end` latent frames are committed."""
@@ -408,11 +456,12 @@ class KVCache:
         for frame in [f for f in self.table if f not in kept]:
             page = self.table.pop(frame)
             self.pools[page.pool].release(page.slot)
-        demotions = []
+        demoted: tuple[list[int], list[int]] = ([], [])
         for frame, page in list(self.table.items()):
             if page.pool == "full" and self._pool_of(frame, end) == "pages":
                 target = Page("pages", self.pools["pages"].acquire())
-                demotions.append((page.slot, target.slot))
+                demoted[0].append(page.slot)
+                demoted[1].append(target.slot)
                 self.pools["full"].release(page.slot)
                 self.table[frame] = target
         writes: dict[str, tuple[list[int], list[int]]] = {}
@@ -423,12 +472,26 @@ class KVCache:
             indices, slots = writes.setdefault(page.pool, ([], []))
             indices.append(frame - start)
             slots.append(page.slot)
-        return _Commit(tuple(demotions), writes, set())
+        demotions = (
+            (_Demotion(*(torch.tensor(x, device=self.device) for x in demoted)),) if demoted[0] else ()
+        )
+        return _Commit(
+            demotions,
+            {
+                name: (_span(indices), torch.tensor(slots, device=self.device))
+                for name, (indices, slots) in writes.items()
+            },
+            set(),
+        )
+
+    def _forget_chunk(self) -> None:
+        self.opened, self.segments, self.history, self._commit = None, (), (), None
 
     def _finish(self, commit: _Commit) -> None:
         self.layout.commit()
         self._mean_frozen = True
-        self.opened, self.segments, self._commit, self.state = None, (), None, State.IDLE
+        self.state = State.IDLE
+        self._forget_chunk()
 
 
 def _give_back(pools: dict[str, PagePool], table: dict[int, Page], room: dict[str, int]) -> None:
@@ -440,16 +503,30 @@ def _give_back(pools: dict[str, PagePool], table: dict[int, Page], room: dict[st
         pools[name].cancel(slots)
 
 
+def _span(indices: list[int]) -> slice | list[int]:
+    """Ascending indices as a slice where they follow one another, so that taking them copies nothing."""
+    first, last = indices[0], indices[-1]
+    return slice(first, last + 1) if last - first + 1 == len(indices) else indices
+
+
+@dataclass(frozen=True)
+class _Demotion:
+    """Pages that move down: slots (pages,) int64 in `full` and in `pages`."""
+
+    source: Tensor
+    target: Tensor
+
+
 @dataclass
 class _Commit:
     """Slot assignments of one clean pass.
 
     Attributes:
-        demotions: (slot in `full`, slot in `pages`) of the chunk that is newest no longer.
-        writes: per pool, indices into the chunk and the slots they go to.
+        demotions: of the chunk that is newest no longer; at most one.
+        writes: per pool, which of the chunk's frames and the slots (frames,) int64 they go to.
         written: layers done.
     """
 
-    demotions: tuple[tuple[int, int], ...]
-    writes: dict[str, tuple[list[int], list[int]]]
+    demotions: tuple[_Demotion, ...]
+    writes: dict[str, tuple[slice | list[int], Tensor]]
     written: set[int]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,18 +16,20 @@ Storage = dict[str, Tensor]
 class PageFormat(ABC):
     """How the keys and values of one latent frame of one layer are laid down in memory.
 
-    Keys arrive with row and column rotation applied and without the frame's. A format holds no state
-    but its settings: buffers belong to the pool, the key mean to the cache.
+    Keys are stored with row and column rotation and without the frame's. A format holds no state but its
+    settings: buffers belong to the pool, the key mean to the cache.
 
     Shapes: keys and values of m pages are (batch, kv_heads, m, tokens, head_dim).
 
     Attributes:
         lossless: decoding gives back the 16-bit (or fp32) values that were written.
         uses_key_mean: `write` and `read` need the frozen mean (batch, kv_heads, head_dim).
+        fused: the fused read takes these pages as they are (`kernels.paged_attention.PageRun`).
     """
 
     lossless: bool
     uses_key_mean: bool
+    fused: bool
 
     def __init__(self, spec: CacheSpec, geometry: CacheGeometry) -> None:
         self.spec, self.geometry = spec, geometry
@@ -39,19 +40,33 @@ class PageFormat(ABC):
 
     @abstractmethod
     def write(
-        self, storage: Storage, layer: int, slots: Sequence[int], k: Tensor, v: Tensor, mean: Tensor | None
-    ) -> None:
-        """Encode m pages into m slots."""
+        self, storage: Storage, layer: int, slots: Tensor, k: Tensor, v: Tensor, spatial: Tensor | None,
+        mean: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Encode m pages into slots (m,) int64.
+
+        Args:
+            spatial: row and column phases (tokens, pairs) to turn keys by first; None: they are turned.
+        """
 
     @abstractmethod
     def read(
-        self, storage: Storage, layer: int, slots: Tensor, dtype: torch.dtype, mean: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Decode pages from slots (m,) int64 into fresh tensors of `dtype`."""
+        self, storage: Storage, layer: int, slots: Tensor, dtype: torch.dtype, temporal: Tensor | None,
+        mean: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Decode pages from slots (m,) int64 into fresh tensors of `dtype`.
+
+        Args:
+            temporal: frame phases (m, pairs) to turn keys by; None leaves them.
+        """
 
     def bytes_per_page(self) -> int:
         """Bytes of one latent frame of one layer, scales included, for the whole batch."""
         return sum(_elements(shape) * dtype.itemsize for shape, dtype in self.buffers().values())
+
+    def layer(self, storage: Storage, layer: int) -> Storage:
+        """One layer of the buffers, as views (slots, batch, …)."""
+        return {name: buffer[layer] for name, buffer in storage.items()}
 
     def allocate(self, slots: int, device: torch.device | str) -> Storage:
         """Uninitialised buffers for `slots` frames of every layer."""

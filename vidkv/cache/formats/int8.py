@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from vidkv.cache.formats.base import PageFormat, Storage
-from vidkv.kernels.int8 import dequantize, quantize
+from vidkv.kernels.pages import commit, decode
 
 
 class Int8(PageFormat):
@@ -22,6 +20,7 @@ class Int8(PageFormat):
 
     lossless = False
     uses_key_mean = True
+    fused = True
 
     def buffers(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         g = self.geometry
@@ -36,20 +35,15 @@ class Int8(PageFormat):
         }
 
     def write(
-        self, storage: Storage, layer: int, slots: Sequence[int], k: Tensor, v: Tensor, mean: Tensor | None
-    ) -> None:
+        self, storage: Storage, layer: int, slots: Tensor, k: Tensor, v: Tensor, spatial: Tensor | None,
+        mean: Tensor | None,
+    ) -> None:  # fmt: skip
         assert mean is not None
-        k_codes, k_scale = quantize(k.float() - mean[:, :, None, None])
-        v_codes, v_scale = quantize(v, -1 if self.spec.value_scale == "token" else -2)
-        for name, pages in (("k", k_codes), ("v", v_codes), ("k_scale", k_scale), ("v_scale", v_scale)):
-            for i, slot in enumerate(slots):
-                storage[name][layer, slot] = pages[:, :, i]
+        commit(self.layer(storage, layer), slots, k, v, spatial, mean)
 
     def read(
-        self, storage: Storage, layer: int, slots: Tensor, dtype: torch.dtype, mean: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        self, storage: Storage, layer: int, slots: Tensor, dtype: torch.dtype, temporal: Tensor | None,
+        mean: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         assert mean is not None
-        pages = {name: buffer[layer].index_select(0, slots) for name, buffer in storage.items()}
-        k = dequantize(pages["k"], pages["k_scale"]) + mean[:, :, None]
-        v = dequantize(pages["v"], pages["v_scale"], dtype)
-        return k.to(dtype).permute(1, 2, 0, 3, 4), v.permute(1, 2, 0, 3, 4)
+        return decode(self.layer(storage, layer), slots, temporal, mean, dtype)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from vidkv.cache.formats.base import PageFormat, Storage
+from vidkv.kernels.pages import commit, decode
 
 
 class Plain(PageFormat):
@@ -15,6 +14,7 @@ class Plain(PageFormat):
 
     lossless = True
     uses_key_mean = False
+    fused = True
     dtype: torch.dtype
 
     def buffers(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -23,18 +23,16 @@ class Plain(PageFormat):
         return {"k": (shape, self.dtype), "v": (shape, self.dtype)}
 
     def write(
-        self, storage: Storage, layer: int, slots: Sequence[int], k: Tensor, v: Tensor, mean: Tensor | None
-    ) -> None:
-        for i, slot in enumerate(slots):
-            storage["k"][layer, slot] = k[:, :, i]
-            storage["v"][layer, slot] = v[:, :, i]
+        self, storage: Storage, layer: int, slots: Tensor, k: Tensor, v: Tensor, spatial: Tensor | None,
+        mean: Tensor | None,
+    ) -> None:  # fmt: skip
+        commit(self.layer(storage, layer), slots, k, v, spatial, None)
 
     def read(
-        self, storage: Storage, layer: int, slots: Tensor, dtype: torch.dtype, mean: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        k = storage["k"][layer].index_select(0, slots).permute(1, 2, 0, 3, 4)
-        v = storage["v"][layer].index_select(0, slots).permute(1, 2, 0, 3, 4)
-        return k.to(dtype), v.to(dtype)
+        self, storage: Storage, layer: int, slots: Tensor, dtype: torch.dtype, temporal: Tensor | None,
+        mean: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        return decode(self.layer(storage, layer), slots, temporal, None, dtype)
 
 
 class FP32(Plain):
