@@ -156,6 +156,54 @@ def bench_rollout(
     _emit(report, as_json, table(report))
 
 
+@bench_app.command("attention")
+def bench_attention(
+    shape: Annotated[
+        str | None, typer.Option(help="A model's name; by default wan2.1-1.3b on a GPU, else bounce.")
+    ] = None,
+    window: Window = None,
+    kv_format: Annotated[str, typer.Option(help="Page format: fp32, bf16 or int8.")] = "int8",
+    tune: Annotated[bool, typer.Option(help="Every tile of the fused read, not only the good ones.")] = False,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """One layer's attention over a full window: time, error and scratch of every way to read."""
+    from vidkv.apps.bench_attention import attention_report, render
+
+    with ProgressLine() as line:
+        report = attention_report(shape, window, kv_format, tune, device, line.step_done)
+    if as_json:
+        _emit(report, True, "")
+        return
+    from rich.console import Console
+
+    console = Console()
+    console.width = max(console.width, 140)
+    console.print(render(report), highlight=False, markup=False)
+
+
+@bench_app.command("kernels")
+def bench_kernels(
+    arch: Annotated[
+        list[str] | None,
+        typer.Option(help="One such as sm_90; repeatable, by default all known."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compile every kernel for GPUs that need not be here and show registers, spills and shared memory."""
+    from rich.console import Console
+
+    from vidkv.apps.compile_kernels import kernels_report, render
+
+    with ProgressLine() as line:
+        report = kernels_report(arch or [], line.step_done)
+    if as_json:
+        _emit(report, True, "")
+    else:
+        Console(width=None if sys.stdout.isatty() else 120).print(render(report))
+    raise typer.Exit(OK if report["ok"] else FAILED)
+
+
 @eval_app.command("world")
 def eval_world(
     model: Model = "bounce",

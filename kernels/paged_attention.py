@@ -178,7 +178,7 @@ def _turn_queries(
         mean if mean is not None else q, turned, codes, q_scale, offsets,
         queries, codes.shape[0], turned.shape[0], heads, mean.shape[1] if mean is not None else heads,
         b * heads, scale,
-        D=d, PAIRS=turns.shape[1], BLOCK=block, num_warps=4,
+        D=d, PAIRS=turns.shape[1], CODED=coded_turns is not None, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return turned, codes, q_scale, offsets
 
@@ -224,7 +224,8 @@ def _attend(
         turned, codes, q_scale, offsets, out, lse, per_page,
         queries, own, codes.shape[0], turned.shape[0], heads, kv_heads, b * kv_heads, scale,
         TOKENS=tokens, D=d, BLOCK_M=block_m, BLOCK_N=block_n, TAIL=tail(tokens, block_n),
-        V_PER_CHANNEL=bool(coded) and cv_scale.shape[-1] != 1, PAGE_LSE=page_lse, INTERPRETED=interpreted(),
+        CODED=bool(coded), V_PER_CHANNEL=bool(coded) and cv_scale.shape[-1] != 1,
+        PAGE_LSE=page_lse, INTERPRETED=interpreted(),
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out, lse, per_page
@@ -259,7 +260,7 @@ def tail(tokens: int, keys: int) -> int:
 def _turn_kernel(
     q_ptr, coded_turns_ptr, plain_turns_ptr, mean_ptr, turned_ptr, codes_ptr, q_scale_ptr, offsets_ptr,
     queries, coded, plain, heads, kv_heads, planes, scale,
-    D: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, PAIRS: tl.constexpr, CODED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -270,7 +271,7 @@ def _turn_kernel(
     q = tl.load(q_ptr + at, mask=row_ok[:, None], other=0.0).to(tl.float32)
     in_time = pairs < PAIRS
     page_size = planes.to(tl.int64) * queries
-    if coded > 0:
+    if CODED:
         even, odd = tl.split(tl.reshape(q, (BLOCK, D // 2, 2)))
         # never 0: a masked score of -inf is multiplied by it
         q_scale = tl.maximum(tl.sqrt(tl.max(even * even + odd * odd, 1)) / 127.0, 1e-20)
@@ -398,7 +399,7 @@ def _attend_kernel(
     turned_ptr, codes_ptr, q_scale_ptr, offsets_ptr, out_ptr, lse_ptr, per_page_ptr,
     queries, own, coded, plain, heads, kv_heads, planes, scale,
     TOKENS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
-    V_PER_CHANNEL: tl.constexpr, PAGE_LSE: tl.constexpr, INTERPRETED: tl.constexpr,
+    CODED: tl.constexpr, V_PER_CHANNEL: tl.constexpr, PAGE_LSE: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
     plane = (head // heads) * kv_heads + (head % heads) // (heads // kv_heads)
@@ -417,7 +418,7 @@ def _attend_kernel(
     acc = tl.zeros((BLOCK_M, D), tl.float32)
     zero = tl.zeros((BLOCK_M,), tl.float32)
 
-    if coded > 0:
+    if CODED:
         row_scale = tl.load(q_scale_ptr + row_at, mask=row_ok, other=1.0)
         for page in range(coded):
             slot = tl.load(cslots_ptr + page).to(tl.int64) * planes + plane
