@@ -15,7 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from importlib import import_module
 from itertools import cycle
@@ -471,18 +471,11 @@ def _by_path(inputs: Sequence[Inputs], path: ReadPath) -> Call:
 
 
 def _kernel_only(inputs: Sequence[Inputs], path: ReadPath) -> Call:
-    """The second launch of `attend_pages`, which its module does not offer alone."""
+    """The launches of `attend_pages` alone, with the chunk's own queries and keys turned beforehand."""
     assert path.tile is not None
-    tile = list(astuple(path.tile))
-    prepared = [(*one.turned(), *_runs(one), _turned_queries(one)) for one in inputs]
-
-    def call(index: int) -> Tensor:
-        q, k, v, coded, plain, turned = prepared[index]
-        buffers = *paged_attention._buffers(coded), *paged_attention._buffers(plain)
-        scale = _query_units(q)
-        return paged_attention._attend(q, k, v, *buffers, *turned, scale, tile, False)[0]
-
-    return call
+    tile = path.tile
+    prepared = [(*one.turned(), *_runs(one)) for one in inputs]
+    return lambda index: paged_attention.attend_pages(*prepared[index], tile)[0]
 
 
 def _runs(one: Inputs) -> tuple[paged_attention.PageRun | None, paged_attention.PageRun | None]:
@@ -490,13 +483,6 @@ def _runs(one: Inputs) -> tuple[paged_attention.PageRun | None, paged_attention.
     runs = [one.cache.pages(0, run, turns) for run, turns in zip(one.cache.history, one.history, strict=True)]
     coded = next((run for run in runs if run.mean is not None), None)
     return coded, next((run for run in runs if run.mean is None), None)
-
-
-def _turned_queries(one: Inputs) -> tuple[Tensor, ...]:
-    """The first launch of `attend_pages`."""
-    q = one.turned()[0]
-    tables = paged_attention._tables(*_runs(one))
-    return paged_attention._turn_queries(q, *tables, _query_units(q), jit.interpreted())
 
 
 def _query_units(q: Tensor) -> float:
@@ -594,7 +580,7 @@ def _turn(inputs: Sequence[Inputs]) -> Call:
 
     def call(index: int) -> Any:
         q, tables = prepared[index]
-        return paged_attention._turn_queries(q, *tables, _query_units(q), jit.interpreted())
+        return paged_attention._turn_queries(q, *tables, _query_units(q))
 
     return call
 

@@ -73,6 +73,7 @@ class Variant:
         warps, stages: as in triton.
         int8: integer matrix instructions of which it must contain one; empty where there are no codes.
         may_spill: whether registers may spill.
+        gluon: written in triton's Gluon dialect.
     """
 
     kernel: str
@@ -85,6 +86,7 @@ class Variant:
     stages: int = 3
     int8: tuple[str, ...] = ()
     may_spill: bool = False
+    gluon: bool = False
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,8 @@ def variants(arch: str) -> list[Variant]:
             found.append(fused(arch, tiles[0], d, tokens, V_PER_CHANNEL=True))
             found.append(fused(arch, tiles[0], d, tokens, PAGE_LSE=True))
     small = good_tiles(capability, 64, 48, 16, torch.float32)[0]
+    if arch == "sm_90":
+        found += [hopper(splits) for splits in (1, 2)]
     return [*found, fused(arch, small, 64, 16, "fp32"), *_others()]
 
 
@@ -202,6 +206,29 @@ def fused(arch: str, tile: Tile, d: int, tokens: int, dtype: str = _BF16, **chan
         # without matrix units a thread holds whole rows of both operands
         may_spill=dtype == "fp32",
     )
+
+
+def hopper(splits: int) -> Variant:
+    """The fused read's own kernel for Hopper."""
+    from vidkv.kernels import paged_attention_hopper as kernel
+
+    half, keys, d = kernel.QUERIES // 2, kernel.KEYS, kernel.HEAD_DIM
+    blocks = {
+        "q_desc": ("i8", [1, half, d], 128, 8),
+        "k_desc": ("i8", [1, keys, d], 128, 8),
+        "ks_desc": ("fp16", [1, keys], 0, 16),
+        **dict.fromkeys(("q16_desc",), (_BF16, [1, half, d], 128, 16)),
+        **dict.fromkeys(("ok_desc", "ov_desc"), (_BF16, [1, keys, d], 128, 16)),
+    }
+    types = {
+        name: f"tensordesc<{kind}{block},{kernel.block_layout(block, swizzle, bits)!r}>"
+        for name, (kind, block, swizzle, bits) in blocks.items()
+    }
+    types |= {"v_ptr": "i8", "vs_ptr": "fp16", "slots_ptr": "i64", "scale": "fp32"}
+    types |= dict.fromkeys(("q_scale_ptr", "q_offset_ptr", "lse_ptr"), "fp32")
+    constants = kernel.constants(splits)
+    name = f"bf16 d128 hopper, {splits} splits"
+    return Variant("fused", name, kernel._attend, types, constants, int8=("wgmma",), gluon=True)
 
 
 def _others() -> list[Variant]:
@@ -241,14 +268,16 @@ def compile_variant(variant: Variant, arch: str) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.errors import TritonError
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     row = Compiled(variant.kernel, variant.name, arch)
     target = GPUTarget("cuda", _number(arch), 32)
-    options = {"num_warps": variant.warps, "num_stages": variant.stages}
+    options = {"num_warps": variant.warps} | ({} if variant.gluon else {"num_stages": variant.stages})
+    make = GluonASTSource if variant.gluon else ASTSource
     try:
         # where the assembler fails, triton prints all of the PTX
         with redirect_stdout(sys.stderr):
-            kernel = jit.triton.compile(_source(variant, ASTSource), target=target, options=options)
+            kernel = jit.triton.compile(_source(variant, make), target=target, options=options)
         ptx, shared = kernel.asm["ptx"], kernel.metadata.shared
         registers, spilled = _assemble(ptx, arch)
     except (RuntimeError, TritonError) as error:
@@ -280,6 +309,9 @@ def _source(variant: Variant, make: Callable[..., Any]) -> Any:
             attributes[(at,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = variant.types.get(name, "i32")
+    if variant.gluon:
+        places = {(list(signature).index(name),): value for name, value in constants.items()}
+        return make(variant.function, signature, places, attributes)
     return make(fn=variant.function, signature=signature, constexprs=constants, attrs=attributes)
 
 

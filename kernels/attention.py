@@ -83,7 +83,7 @@ def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Ten
     out, float32 or wider.
     """
     if out.is_cuda and out.dtype == torch.float32 and usable(out):
-        return _merge(out, lse, more, more_lse)
+        return merge_kernel(out, lse, more, more_lse)
     return merge_reference(out, lse, more, more_lse)
 
 
@@ -95,7 +95,8 @@ def merge_reference(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) ->
 
 
 @torch.library.custom_op("vidkv::merge", mutates_args=())
-def _merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
+def merge_kernel(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """`merge` in one launch, float32 inside; out, here also a 16-bit one, gives the result's dtype."""
     out, lse, more, more_lse = (x.contiguous() for x in (out, lse, more, more_lse))
     merged, total = torch.empty_like(out), torch.empty_like(lse)
     rows, d = lse.numel(), out.shape[-1]
@@ -107,7 +108,7 @@ def _merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Te
     return merged, total
 
 
-@_merge.register_fake
+@merge_kernel.register_fake
 def _(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(out, memory_format=torch.contiguous_format), torch.empty_like(lse)
 
@@ -127,9 +128,10 @@ def _merge_kernel(
     )
     top = tl.maximum(lse, more_lse)
     total = top + tl.log(tl.exp(lse - top) + tl.exp(more_lse - top))
-    out = tl.load(out_ptr + at, mask=in_row, other=0.0)
+    out = tl.load(out_ptr + at, mask=in_row, other=0.0).to(tl.float32)
     more = tl.load(more_ptr + at, mask=in_row, other=0.0).to(tl.float32)
-    tl.store(merged_ptr + at, out + tl.exp(more_lse - total)[:, None] * (more - out), mask=in_row)
+    merged = out + tl.exp(more_lse - total)[:, None] * (more - out)
+    tl.store(merged_ptr + at, merged.to(merged_ptr.dtype.element_ty), mask=in_row)
     tl.store(total_ptr + row, total, mask=ok)
 
 

@@ -18,6 +18,9 @@ with suppress(ImportError):
     triton, tl = import_module("triton"), import_module("triton.language")
 
 
+INTERPRETED = bool(triton and triton.knobs.runtime.interpret)
+
+
 def jit(function: Any) -> Any:
     """`triton.jit`; without triton the function as it is, which nothing calls."""
     return triton.jit(function) if triton else function
@@ -33,7 +36,7 @@ def interpreted() -> bool:
 
     The interpreter multiplies bfloat16 as if it were integers, so kernels widen their operands there.
     """
-    return bool(triton and triton.knobs.runtime.interpret)
+    return INTERPRETED
 
 
 def usable(x: Tensor) -> bool:

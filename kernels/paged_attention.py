@@ -22,6 +22,7 @@ from dataclasses import astuple, dataclass
 import torch
 from torch import Tensor
 
+from vidkv.kernels.attention import merge_kernel
 from vidkv.kernels.jit import ROUND, constexpr, interpreted, jit, tl, triton, turn
 from vidkv.kernels.pages import Pages, decode_reference
 from vidkv.kernels.rope import rotate_first
@@ -57,12 +58,16 @@ class Tile:
     Attributes:
         queries, keys: rows and columns of a score tile, powers of two; at least 16 and 32.
         warps, stages: as in triton.
+        hopper_splits: programs that share a query tile's keys in Hopper's own kernel
+            (`paged_attention_hopper.py`), 1 or 2; 0 for the portable kernel, which also takes what
+            Hopper's does not: chunks without history, and plain pages.
     """
 
     queries: int
     keys: int
     warps: int
     stages: int
+    hopper_splits: int = 0
 
 
 def attend_pages(
@@ -91,10 +96,15 @@ def attend_pages(
             query's attention is exp(per_page - lse).
     """
     scale = math.log2(math.e) / math.sqrt(q.shape[-1])
-    turned, codes, q_scale, offsets = _turn_queries(q, *_tables(coded, plain), scale, interpreted())
+    if tile.hopper_splits and coded and not plain and not page_lse:
+        _, codes, q_scale, offsets = _turn_queries(q, *_tables(coded, plain), scale)
+        pages, slots = _buffers(coded)
+        out, lse = _attend_hopper(q, k, v, pages, slots, codes, q_scale, offsets, scale, tile.hopper_splits)
+        return out, lse, out.new_empty(*lse.shape[:2], 0, lse.shape[2], dtype=torch.float32)
+    turned, codes, q_scale, offsets = _turn_queries(q, *_tables(coded, plain), scale)
     out, lse, per_page = _attend(
         q, k, v, *_buffers(coded), *_buffers(plain), turned, codes, q_scale, offsets,
-        scale, list(astuple(tile)), page_lse,
+        scale, list(astuple(tile))[:4], page_lse,
     )  # fmt: skip
     return out, lse, per_page
 
@@ -162,7 +172,6 @@ def _buffers(run: PageRun | None) -> tuple[Sequence[Tensor], Tensor | None]:
 @torch.library.custom_op("vidkv::turn_queries", mutates_args=())
 def _turn_queries(
     q: Tensor, coded_turns: Tensor | None, plain_turns: Tensor | None, mean: Tensor | None, scale: float,
-    interpret: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Queries turned back to every page: (plain, b, n, q, d), codes (coded, b, n, q, d) int8, their scale
     (b, n, q) and (R_-p q)·μ (coded, b, n, q), both times `scale`, float32."""
@@ -177,7 +186,7 @@ def _turn_queries(
         q, coded_turns if coded_turns is not None else q, plain_turns if plain_turns is not None else q,
         mean if mean is not None else q, turned, codes, q_scale, offsets,
         queries, codes.shape[0], turned.shape[0], heads, mean.shape[1] if mean is not None else heads,
-        b * heads, scale,
+        scale,
         D=d, PAIRS=turns.shape[1], CODED=coded_turns is not None, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return turned, codes, q_scale, offsets
@@ -199,7 +208,6 @@ def _empty_turned(
 @_turn_queries.register_fake
 def _(
     q: Tensor, coded_turns: Tensor | None, plain_turns: Tensor | None, mean: Tensor | None, scale: float,
-    interpret: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return _empty_turned(q, coded_turns, plain_turns)
 
@@ -256,10 +264,37 @@ def tail(tokens: int, keys: int) -> int:
     return max(SMALLEST_TAIL, 1 << (left - 1).bit_length()) if left else 0
 
 
+@torch.library.custom_op("vidkv::attend_pages_hopper", mutates_args=())
+def _attend_hopper(
+    q: Tensor, k: Tensor, v: Tensor, pages: Sequence[Tensor], slots: Tensor,
+    codes: Tensor, q_scale: Tensor, offsets: Tensor, scale: float, splits: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    # triton's Gluon dialect changes between versions: it is imported where it is used
+    from vidkv.kernels.paged_attention_hopper import KEYS, attend_split
+
+    if slots.shape[0] * -(-pages[0].shape[-2] // KEYS) < 2 * splits:
+        splits = 1
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    out, lse = attend_split(q, k, v, list(pages), slots, codes, q_scale, offsets, scale, splits)
+    if splits == 1:
+        return out[0], lse[0]
+    merged, total = merge_kernel(out[0], lse[0], out[1], lse[1])
+    return merged, total
+
+
+@_attend_hopper.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, pages: Sequence[Tensor], slots: Tensor,
+    codes: Tensor, q_scale: Tensor, offsets: Tensor, scale: float, splits: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    out, lse, _ = _empty_outputs(q, 0, False)
+    return out, lse
+
+
 @jit
 def _turn_kernel(
     q_ptr, coded_turns_ptr, plain_turns_ptr, mean_ptr, turned_ptr, codes_ptr, q_scale_ptr, offsets_ptr,
-    queries, coded, plain, heads, kv_heads, planes, scale,
+    queries, coded, plain, heads, kv_heads, scale,
     D: tl.constexpr, PAIRS: tl.constexpr, CODED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
@@ -270,7 +305,7 @@ def _turn_kernel(
     at = row_at[:, None] * D + channels[None, :]
     q = tl.load(q_ptr + at, mask=row_ok[:, None], other=0.0).to(tl.float32)
     in_time = pairs < PAIRS
-    page_size = planes.to(tl.int64) * queries
+    page_size = tl.num_programs(1).to(tl.int64) * queries
     if CODED:
         even, odd = tl.split(tl.reshape(q, (BLOCK, D // 2, 2)))
         # never 0: a masked score of -inf is multiplied by it
@@ -410,6 +445,9 @@ def _attend_kernel(
     q_at = row_at[:, None] * D + channels[None, :]
     page_size = tl.num_programs(1).to(tl.int64) * queries
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    # plain pages' queries by their place in the tile: fewer registers live in the loops
+    first_row = head.to(tl.int64) * queries + tl.program_id(0) * BLOCK_M
+    in_tile = tl.arange(0, BLOCK_M)[:, None] * D + channels[None, :]
     # bfloat16 holds too few bits for a code times its scale
     WIDE: tl.constexpr = tl.float32 if DTYPE == tl.float32 else tl.float16
     FULL: tl.constexpr = TOKENS // BLOCK_N * BLOCK_N
@@ -446,7 +484,8 @@ def _attend_kernel(
     own_scale = zero + scale
     for page in range(plain):
         slot = tl.load(pslots_ptr + page).to(tl.int64) * planes + plane
-        turned = tl.load(turned_ptr + page * page_size * D + q_at, mask=row_ok[:, None], other=0.0)
+        turned_at = turned_ptr + (page * page_size + first_row) * D + in_tile
+        turned = tl.load(turned_at, mask=row_ok[:, None], other=0.0)
         page_total = zero
         for start in tl.range(0, FULL, BLOCK_N, num_stages=2):
             m, total, acc, shrink, added = _plain_tile(

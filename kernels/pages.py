@@ -166,6 +166,8 @@ def _code(x):
     half = exact.to(tl.float16)
     above = (half.to(tl.int16, bitcast=True) + 1).to(tl.float16, bitcast=True)
     half = tl.where(half.to(tl.float32) < exact, above, half)
+    # maxima pass over NaN, which must not become a code that looks right
+    half = tl.where(tl.max((x != x).to(tl.int32), 1) > 0, float("nan"), half)
     steps = tl.div_rn(x, tl.broadcast_to(half.to(tl.float32)[:, None], x.shape))
     codes = (tl.minimum(tl.maximum(steps, -127.0), 127.0) + ROUND) - ROUND
     return codes.to(tl.int8), half

@@ -8,8 +8,7 @@ from vidkv.kernels.paged_attention import SMALLEST_TAIL, Tile
 
 GOOD: dict[tuple[int, int], tuple[Tile, ...]] = {
     (80, 64): (Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),
-    (80, 128): (Tile(32, 64, 4, 3), Tile(32, 32, 4, 3)),
-    (89, 128): (Tile(128, 32, 8, 3), Tile(32, 64, 4, 3)),
+    (80, 128): (Tile(128, 32, 8, 3), Tile(32, 64, 4, 3)),
     (90, 64): (Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),
     (90, 128): (Tile(128, 128, 8, 3), Tile(64, 64, 4, 3)),
     (100, 64): (Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),

@@ -10,9 +10,9 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from transformers import UMT5Config, UMT5EncoderModel
 
 from tests.tiny import build_pipeline, noise
-from vidkv.cache import CacheSpec
+from vidkv.cache import CacheGeometry, CacheSpec
 from vidkv.errors import CacheSpecError, InputError
-from vidkv.memory import latent_size, parameter_counts, plan_memory
+from vidkv.memory import latent_size, parameter_counts, plan_memory, read_bytes
 from vidkv.models.registry import MODELS
 from vidkv.models.vae import StreamingDecoder
 from vidkv.models.wan import CausalWanTransformer3DModel
@@ -102,6 +102,28 @@ class TestAgainstTheRealThing:
         half = pipe.estimate_memory()
         assert 2 * half.weights_bytes == exact.weights_bytes and 2 * half.kv_bytes == exact.kv_bytes
         assert half.vae_bytes == exact.vae_bytes
+
+
+class TestReading:
+    @pytest.mark.parametrize("window", [12, 21, 84])
+    def test_pages_and_scratch_of_int8_are_below_those_of_bf16(self, window: int) -> None:
+        """Though queries coded for every page are scratch that 16-bit pages need not."""
+        entry = MODELS["wan2.1-1.3b"]
+        plans = [
+            plan_memory(entry, CacheSpec(format=name, window=window, sink=0), 480, 832)
+            for name in ("int8", "bf16")
+        ]
+        small, large = (plan.kv_bytes + plan.activation_bytes for plan in plans)
+        assert small < 0.75 * large
+
+    def test_a_fused_read_counts(self) -> None:
+        """At long windows the coded queries are the largest scratch, and the plan grows with them."""
+        geometry = CacheGeometry(30, 12, 128, 30, 52)
+        short, long = (
+            read_bytes(12, CacheSpec(format="int8", window=window, sink=0), geometry, torch.bfloat16)
+            for window in (84, 85)
+        )
+        assert long - short == 4680 * 12 * (128 + 4)
 
 
 class TestInputs:

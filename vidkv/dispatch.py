@@ -11,7 +11,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,8 @@ def candidates(
         list_tiles = tile_space if os.environ.get(TUNE) == "1" else good_tiles
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
         tiles = list_tiles(capability, geometry.head_dim, queries, geometry.tokens, dtype)
+        if hopper_obstacle(spec, geometry, device, dtype) is None:
+            tiles = [*(replace(tiles[0], hopper_splits=splits) for splits in (1, 2)), *tiles]
         paths += [ReadPath("fused", tile=tile) for tile in tiles]
     return paths
 
@@ -90,7 +94,12 @@ def check(
     obstacle = None
     if path.name == "fused":
         obstacle = fused_obstacle(spec, geometry, device, dtype)
-    elif path.name == "two-pass" and path.backend not in sdpa_backends(device, dtype, geometry.head_dim):
+        if path.tile is not None and path.tile.hopper_splits:
+            obstacle = obstacle or hopper_obstacle(spec, geometry, device, dtype)
+    elif path.name == "two-pass" and path.backend not in (
+        "auto",
+        *sdpa_backends(device, dtype, geometry.head_dim),
+    ):
         obstacle = f"torch's {path.backend} attention does not run on this {device.type} at {dtype}"
     if obstacle:
         raise StateError(f"it was made with the read path {path}: {obstacle}")
@@ -111,6 +120,23 @@ def fused_obstacle(
         return "the fused read computes in at most 32 bits, not float64"
     unread = [f for f, _ in planned_pools(spec, geometry, dtype).values() if not f.fused]
     return f"the fused read does not know {spec.format} pages" if unread else None
+
+
+def hopper_obstacle(
+    spec: CacheSpec, geometry: CacheGeometry, device: torch.device, dtype: torch.dtype
+) -> str | None:
+    """Why the fused read's kernel for Hopper cannot be taken where the portable one can, or None."""
+    pools = planned_pools(spec, geometry, dtype)
+    pages = pools["pages"][0]
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return "Hopper's kernel needs a GPU of compute capability 9.0"
+    if dtype not in (torch.float16, torch.bfloat16) or geometry.head_dim != 128 or geometry.tokens % 8:
+        return "Hopper's kernel takes 16-bit heads of 128 channels and tokens per frame in multiples of 8"
+    if len(pools) > 1 or not pages.uses_key_mean or spec.value_scale != "token":
+        return "Hopper's kernel takes INT8 pages with a scale per token and no others beside them"
+    if not find_spec("triton.experimental.gluon"):
+        return "Hopper's kernel needs triton with the Gluon dialect, 3.6 or newer"
+    return None
 
 
 def measure(
@@ -202,16 +228,19 @@ def _load(file: Path) -> dict[str, dict[str, float]]:
         known: Any = json.loads(file.read_text())
     except (OSError, ValueError):
         return {}
-    whole = isinstance(known, dict) and all(isinstance(times, Mapping) for times in known.values())
+    whole = isinstance(known, dict) and all(
+        isinstance(times, Mapping) and all(isinstance(t, float) and t >= 0 for t in times.values())
+        for times in known.values()
+    )
     return known if whole else {}
 
 
 def _store(file: Path, known: dict[str, dict[str, float]]) -> None:
     """Keep measurements; where that is not possible they are made again next time."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
+    with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps(known, indent=1))
         temporary.replace(file)
-    except OSError:
+    with suppress(OSError):
         temporary.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from vidkv.cache import CacheGeometry, CacheSpec, planned_bytes
+from vidkv.cache.kv_cache import planned_pools
 from vidkv.errors import InputError
 from vidkv.models.registry import ModelEntry
 
@@ -162,17 +163,35 @@ def _plan(
 def _activation_bytes(config: Any, spec: CacheSpec, g: CacheGeometry, dtype: torch.dtype) -> int:
     """The widest point of a block: residual stream, its float32 copies, q, k, v or the hidden layer.
 
-    Plus the read path: one segment of keys and values decoded and turned, and two float32 partial
-    outputs with the running one.
+    Plus what the read takes beside the pages.
     """
     heads, d = config.num_attention_heads, g.head_dim
     tokens, dim = g.batch * g.chunk_frames * g.tokens, heads * d
     stream = tokens * dim * (dtype.itemsize + 2 * MERGE_BYTES)
     hidden = tokens * max(config.ffn_dim, 4 * dim) * dtype.itemsize
+    return int(stream + hidden + read_bytes(heads, spec, g, dtype))
+
+
+def read_bytes(heads: int, spec: CacheSpec, g: CacheGeometry, dtype: torch.dtype) -> int:
+    """Scratch of one layer's read, by the read path that takes most.
+
+    A two-pass read holds one segment of keys and values decoded and turned, and two float32 partial outputs
+    with the running one; a fused read of codes holds the queries turned to every page, coded, and up to two
+    partial outputs. Both hold the current chunk's own keys and values.
+
+    Args:
+        heads: query heads.
+    """
+    d, tokens = g.head_dim, g.batch * g.chunk_frames * g.tokens
     segment = 3 * 2 * g.batch * spec.segment * g.tokens * g.kv_heads * d * dtype.itemsize
+    two_pass = segment + 3 * tokens * heads * d * MERGE_BYTES
+    pages, coded = spec.capacity(g.chunk_frames), planned_pools(spec, g, dtype)["pages"][0].uses_key_mean
+    turned = (
+        pages * tokens * heads * (d + MERGE_BYTES) if coded else pages * tokens * heads * d * dtype.itemsize
+    )
+    fused = turned + 3 * tokens * heads * d * dtype.itemsize
     current = 2 * tokens * g.kv_heads * d * dtype.itemsize
-    partial = 3 * tokens * dim * MERGE_BYTES
-    return int(stream + hidden + segment + current + partial)
+    return int(max(two_pass, fused) + current)
 
 
 def _feature_elements(vae: ModelMixin, rows: int, columns: int) -> int:

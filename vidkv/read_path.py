@@ -54,6 +54,8 @@ class ReadPath:
     def __str__(self) -> str:
         if self.tile is not None:
             t = self.tile
+            if t.hopper_splits:
+                return f"{self.name} hopper, {t.hopper_splits} splits"
             return f"{self.name} {t.queries}x{t.keys}, {t.warps} warps, {t.stages} stages"
         return f"{self.name} {self.backend}".rstrip()
 

@@ -110,7 +110,7 @@ def test_an_unknown_architecture_is_refused() -> None:
 def test_interpreted_kernels_are_refused(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr("vidkv.kernels.jit.INTERPRETED", True)
     code, stdout, stderr = run(capsys, "bench", "kernels", "--json")
     assert (code, stdout) == (2, "")
     assert "TRITON_INTERPRET=1 leaves no kernels to compile" in stderr

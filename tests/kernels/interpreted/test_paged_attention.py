@@ -191,7 +191,7 @@ def test_these_tests_are_interpreted() -> None:
 
 def test_poison_reaches_what_a_kernel_leaves_unwritten() -> None:
     """Without pages no query scale is written: it must be the fixture's NaN."""
-    assert bool(_turn_queries(Case().q, None, None, None, 1.0, True)[2].isnan().all())
+    assert bool(_turn_queries(Case().q, None, None, None, 1.0)[2].isnan().all())
 
 
 @pytest.mark.parametrize("number", range(SHAPES))
@@ -508,7 +508,7 @@ class TestPrecision:
 class TestOperators:
     def turned(self, case: Case) -> tuple[Any, ...]:
         tables = [torch.view_as_real(run.temporal) if run else None for run in (case.coded, case.plain)]
-        return case.q, *tables, case.coded.mean if case.coded else None, 0.25, True
+        return case.q, *tables, case.coded.mean if case.coded else None, 0.25
 
     @pytest.mark.parametrize(
         ("coded", "plain"), [((-3, -2), (-1,)), ((), (-1,)), ((-1,), ()), ((), ())], ids=str
@@ -530,7 +530,6 @@ class TestOperators:
         rest = (0.25, [32, 32, 4, 1], case.page_lse)
         torch.library.opcheck(_attend, (case.q, case.k, case.v, *runs, *prepared, *rest))
 
-    @pytest.mark.xfail(reason="dynamo cannot trace triton.knobs, which attend_pages asks by `interpreted`")
     @pytest.mark.parametrize("dynamic", [False, True])
     def test_compiled(self, dynamic: bool) -> None:
         """One graph without a break, and the same bits."""

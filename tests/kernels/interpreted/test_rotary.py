@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.tiny import noise, relative_l2
 from vidkv.kernels import rotary
-from vidkv.kernels.attention import _merge, attend_reference, merge_reference
+from vidkv.kernels.attention import attend_reference, merge_kernel, merge_reference
 from vidkv.kernels.jit import interpreted
 from vidkv.kernels.rope import spatial_phases, temporal_phases
 from vidkv.kernels.rotary import _rotate, rotate_chunk, rotate_chunk_reference
@@ -120,7 +120,7 @@ class TestMerge:
     )
     def test_gives_the_whole(self, shape: tuple[int, ...]) -> None:
         (out, lse), (more, more_lse), (whole, whole_lse) = parts(shape)
-        found, total = _merge(out.float(), lse.float(), more.float(), more_lse.float())
+        found, total = merge_kernel(out.float(), lse.float(), more.float(), more_lse.float())
         assert found.dtype == total.dtype == torch.float32
         torch.testing.assert_close(found.double(), whole, rtol=0, atol=3e-6)
         torch.testing.assert_close(total.double(), whole_lse, rtol=0, atol=3e-6)
@@ -130,7 +130,7 @@ class TestMerge:
         """The running output is float32; a part may come in any precision."""
         (out, lse), (more, more_lse), _ = parts((2, 3, 19, 32), seed=5)
         arguments = out.float(), lse.float(), more.to(dtype), more_lse.float()
-        for found, wanted in zip(_merge(*arguments), merge_reference(*arguments), strict=True):
+        for found, wanted in zip(merge_kernel(*arguments), merge_reference(*arguments), strict=True):
             torch.testing.assert_close(found, wanted, rtol=2e-6, atol=1e-6)
 
     def test_views_with_strides_are_read_right(self) -> None:
@@ -138,16 +138,16 @@ class TestMerge:
         arguments = out.float(), lse.float(), more.float(), more_lse.float()
         views = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in arguments]
         assert not any(view.is_contiguous() for view in views)
-        for found, wanted in zip(_merge(*views), _merge(*arguments), strict=True):
+        for found, wanted in zip(merge_kernel(*views), merge_kernel(*arguments), strict=True):
             assert torch.equal(found, wanted)
 
     @pytest.mark.parametrize("mass", [-1e4, -math.inf])
     def test_a_part_without_mass_changes_nothing(self, mass: float) -> None:
         (out, lse), _, _ = parts((1, 2, 9, 16))
         out, lse = out.float(), lse.float()
-        found, total = _merge(out, lse, torch.full_like(out, 7.0), torch.full_like(lse, mass))
+        found, total = merge_kernel(out, lse, torch.full_like(out, 7.0), torch.full_like(lse, mass))
         assert torch.equal(found, out) and torch.equal(total, lse)
-        found, total = _merge(torch.full_like(out, 7.0), torch.full_like(lse, mass), out, lse)
+        found, total = merge_kernel(torch.full_like(out, 7.0), torch.full_like(lse, mass), out, lse)
         torch.testing.assert_close(found, out, rtol=1e-6, atol=1e-6)
         assert torch.equal(total, lse)
 
@@ -156,11 +156,11 @@ class TestMerge:
         """exp of a log-sum-exp beyond 88 is no float32."""
         out, more = torch.zeros(1, 1, 2, 4), torch.ones(1, 1, 2, 4)
         lse = torch.full((1, 1, 2), level)
-        found, total = _merge(out, lse, more, lse)
+        found, total = merge_kernel(out, lse, more, lse)
         # a float32 near 1000 is known to 3e-5
         torch.testing.assert_close(found, torch.full_like(out, 0.5), rtol=0, atol=5e-5)
         torch.testing.assert_close(total, lse + math.log(2), rtol=0, atol=7e-5)
 
     def test_opcheck(self) -> None:
         (out, lse), (more, more_lse), _ = parts((1, 2, 5, 16))
-        torch.library.opcheck(_merge, (out.float(), lse.float(), more.half(), more_lse.float()))
+        torch.library.opcheck(merge_kernel, (out.float(), lse.float(), more.half(), more_lse.float()))
