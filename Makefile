@@ -7,7 +7,7 @@ PROMPT ?= a red circle and a blue square bouncing
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help video test venv lint types format wheel check clean
+.PHONY: help video test soak kernels venv lint types format wheel check clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1@/p' $(MAKEFILE_LIST) | tr '@' '\t'
@@ -18,6 +18,14 @@ video: $(READY)  ## generate a minute of video, first.mp4
 # one thread per worker: two workers with all cores each slow one another down
 test: $(READY)  ## run the whole CPU test suite (ARGS="-k name" narrows it)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --timeout 900 --durations 10 $(ARGS)
+
+# in triton's interpreter: about half a second a shape
+soak: $(READY)  ## try the fused read on thousands of random shapes (SHAPES=3000)
+	TRITON_INTERPRET=1 VIDKV_SHAPES=$(or $(SHAPES),3000) OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
+	  tests/kernels/interpreted/test_paged_attention.py -n $(WORKERS) -q
+
+kernels: $(READY)  ## compile every kernel for GPUs that need not be here, and show what it takes
+	$(BIN)/vidkv bench kernels
 
 lint: $(READY)  ## check style
 	$(BIN)/ruff check .
