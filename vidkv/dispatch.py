@@ -1,6 +1,6 @@
 """Which read path a rollout takes: measured once per shape and machine, then remembered.
 
-On a CPU there is nothing to choose. On a GPU every candidate reads one layer of a full window of random
+On a CPU there is nothing to choose, and without triton nothing to measure with. On a GPU every candidate reads one layer of a full window of random
 pages, and the fastest is taken; what was measured is kept in `~/.cache/vidkv/read_paths.json`, so that the
 next start measures nothing. `VIDKV_ATTENTION=reference|two-pass|fused` forces a path, and
 `VIDKV_AUTOTUNE=1` measures every tile of the fused read instead of the known good ones.
@@ -60,7 +60,7 @@ def choose(
     paths = [path for path in candidates(spec, geometry, device, dtype) if forced in ("", path.name)]
     if device.type != "cuda" and not forced:
         paths = [path for path in paths if path.name == "two-pass"]
-    if len(paths) == 1 or device.type != "cuda":
+    if len(paths) == 1 or device.type != "cuda" or not jit.triton:
         return paths[0]
     key = _key(spec, geometry, heads, device, dtype, paths)
     return _remembered(key, paths, lambda path: measure(path, spec, geometry, heads, device, dtype))
