@@ -1,9 +1,11 @@
 """Which read path a rollout takes: measured once per shape and machine, then remembered.
 
-On a CPU there is nothing to choose, and without triton nothing to measure with. On a GPU every candidate reads
-one layer of a full window of random pages, and the fastest is taken; what was measured is kept in
-`~/.cache/vidkv/read_paths.json`, so that the next start measures nothing. `VIDKV_ATTENTION=reference|two-pass|fused` forces a path, and
-`VIDKV_AUTOTUNE=1` measures every tile of the fused read instead of the known good ones.
+On a CPU there is nothing to choose, and without triton nothing to measure with. On a GPU every candidate
+reads one layer of a full window of random pages, and the fastest is taken; what was measured is kept in
+`~/.cache/vidkv/read_paths.json`, so that the next start measures nothing.
+
+`VIDKV_ATTENTION=reference|two-pass|fused` forces a path, and `VIDKV_AUTOTUNE=1` measures every tile of the
+fused read instead of the known good ones.
 """
 
 from __future__ import annotations
