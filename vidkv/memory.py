@@ -185,11 +185,10 @@ def read_bytes(heads: int, spec: CacheSpec, g: CacheGeometry, dtype: torch.dtype
     d, tokens = g.head_dim, g.batch * g.chunk_frames * g.tokens
     segment = 3 * 2 * g.batch * spec.segment * g.tokens * g.kv_heads * d * dtype.itemsize
     two_pass = segment + 3 * tokens * heads * d * MERGE_BYTES
-    pages, coded = spec.capacity(g.chunk_frames), planned_pools(spec, g, dtype)["pages"][0].uses_key_mean
-    turned = (
-        pages * tokens * heads * (d + MERGE_BYTES) if coded else pages * tokens * heads * d * dtype.itemsize
-    )
-    fused = turned + 3 * tokens * heads * d * dtype.itemsize
+    fused = 0
+    if planned_pools(spec, g, dtype)["pages"][0].uses_key_mean:
+        turned = spec.capacity(g.chunk_frames) * tokens * heads * (d + MERGE_BYTES)
+        fused = turned + 3 * tokens * heads * d * dtype.itemsize
     current = 2 * tokens * g.kv_heads * d * dtype.itemsize
     return int(max(two_pass, fused) + current)
 
