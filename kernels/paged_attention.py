@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -104,7 +104,7 @@ def attend_pages(
     turned, codes, q_scale, offsets = _turn_queries(q, *_tables(coded, plain), scale)
     out, lse, per_page = _attend(
         q, k, v, *_buffers(coded), *_buffers(plain), turned, codes, q_scale, offsets,
-        scale, list(astuple(tile))[:4], page_lse,
+        scale, [tile.queries, tile.keys, tile.warps, tile.stages], page_lse,
     )  # fmt: skip
     return out, lse, per_page
 

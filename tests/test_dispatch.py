@@ -395,7 +395,7 @@ class TestOnAGPU:
     )
     def test_another_shape_is_measured(self, change: dict[str, object], measured: list[ReadPath]) -> None:
         usual: dict[str, object] = {"device": CUDA, "dtype": torch.bfloat16}
-        chosen(**usual)  # type: ignore[arg-type]
+        chosen(**usual)
         measured.clear()
         chosen(**(usual | change))  # type: ignore[arg-type]
         assert measured

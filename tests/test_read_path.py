@@ -38,6 +38,8 @@ BAD: list[dict[str, Any]] = [
     FUSED | {"tile": FUSED["tile"] | {"keys": 64.0}},
     FUSED | {"tile": FUSED["tile"] | {"stages": True}},
     FUSED | {"tile": FUSED["tile"] | {"stages": None}},
+    FUSED | {"tile": None},
+    FUSED | {"name": "two-pass"},
 ]
 
 

@@ -43,11 +43,8 @@ class ReadPath:
         except (KeyError, TypeError):
             raise StateError(f"the saved read path is {saved!r:.100}; the state is damaged") from None
         sizes = [] if path.tile is None else asdict(path.tile).values()
-        if (
-            path.name not in NAMES
-            or not isinstance(path.backend, str)
-            or any(type(x) is not int for x in sizes)
-        ):
+        whole = isinstance(path.backend, str) and all(type(size) is int for size in sizes)
+        if not whole or path.name not in NAMES or (path.name == "fused") is not (path.tile is not None):
             raise StateError(f"the saved read path is {saved!r:.100}; this vidkv knows {', '.join(NAMES)}")
         return path
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -107,7 +109,7 @@ def test_compiled(tile: Tile) -> None:
     assert torch.equal(compiled(*problem), attend_pages(*problem, None, tile)[0])
 
 
-def test_the_choice_is_never_the_slower_one(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_the_choice_is_never_the_slower_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is one of the candidates, remembered, and all of them read the same window alike."""
     from vidkv.attention import CachedAttention
 
