@@ -27,8 +27,9 @@ from vidkv.errors import (
     VidkvError,
 )
 from vidkv.memory import pixel_size, plan_memory
-from vidkv.models.checkpoints import read_json, require_tokenizer
-from vidkv.models.registry import MODELS, ModelEntry, canonical_prompt
+from vidkv.models.checkpoints.folders import read_json, require_tokenizer
+from vidkv.models.families.base import ModelEntry
+from vidkv.models.registry import MODELS, canonical_prompt
 from vidkv.models.vae import pixel_frames
 from vidkv.pipeline import CausalVideoPipeline, chunks_for, find_model, frames_for
 from vidkv.prompts import PromptSchedule

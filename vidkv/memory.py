@@ -13,7 +13,7 @@ from torch import nn
 from vidkv.cache import CacheGeometry, CacheSpec, planned_bytes
 from vidkv.cache.kv_cache import planned_pools
 from vidkv.errors import InputError
-from vidkv.models.registry import ModelEntry
+from vidkv.models.families.base import ModelEntry
 
 if TYPE_CHECKING:
     from diffusers.models.modeling_utils import ModelMixin

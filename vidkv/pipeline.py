@@ -21,8 +21,9 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 from vidkv.cache import CacheSpec
 from vidkv.errors import Cancelled, CheckpointError, InputError
 from vidkv.memory import MemoryPlan, latent_size, pixel_size, plan_loaded
-from vidkv.models.checkpoints import read_json, require_tokenizer, verify
-from vidkv.models.registry import MODELS, ModelEntry, canonical_prompt, contrast_prompt, weights_folder
+from vidkv.models.checkpoints.folders import read_json, require_tokenizer, verify
+from vidkv.models.families.base import ModelEntry
+from vidkv.models.registry import MODELS, canonical_prompt, contrast_prompt, weights_folder
 from vidkv.models.text import encode_prompts
 from vidkv.models.vae import StreamingDecoder, pixel_frames
 from vidkv.models.wan import CausalWanTransformer3DModel, TextContext

@@ -16,7 +16,7 @@ from vidkv.apps.train.dit import FRAMES, SCHEDULE, Trainer, lessons
 from vidkv.errors import InputError
 from vidkv.models.bounce.prompts import WORLDS
 from vidkv.models.bounce.text import build_tokenizer
-from vidkv.models.checkpoints import verify
+from vidkv.models.checkpoints.folders import verify
 from vidkv.pipeline import CausalVideoPipeline, find_model
 
 STEPS = 1_000_000

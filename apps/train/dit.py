@@ -25,7 +25,7 @@ from vidkv.attention import BlockCausalAttention
 from vidkv.cache import CacheSpec
 from vidkv.models.bounce.prompts import World
 from vidkv.models.bounce.text import build_text_encoder
-from vidkv.models.registry import BOUNCE
+from vidkv.models.families.bounce import BOUNCE
 from vidkv.models.text import embed
 from vidkv.models.wan import CausalWanTransformer3DModel, TextContext
 from vidkv.rollout import Rollout

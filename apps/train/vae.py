@@ -14,8 +14,8 @@ from torch import Tensor
 
 from vidkv.apps.train.common import SAVE_STEPS, Progress, Stage, recover, replacing
 from vidkv.models.bounce.world import Scenes, Trajectory, render, sample_scenes, simulate
-from vidkv.models.checkpoints import verify
-from vidkv.models.registry import BOUNCE
+from vidkv.models.checkpoints.folders import verify
+from vidkv.models.families.bounce import BOUNCE
 from vidkv.models.vae import decode_clip, encode_clip
 
 KL_WEIGHT = 3e-6

@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from vidkv.models.bounce.prompts import VOCABULARY
-from vidkv.models.registry import BOUNCE
+from vidkv.models.families.bounce import BOUNCE
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

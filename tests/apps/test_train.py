@@ -21,7 +21,8 @@ from vidkv.apps.train import bounce, dit, latents, vae
 from vidkv.apps.train.common import Progress, Stage, learning_rate
 from vidkv.errors import InputError
 from vidkv.models.bounce.prompts import VOCABULARY, WORLDS
-from vidkv.models.registry import BOUNCE, weights_folder
+from vidkv.models.families.bounce import BOUNCE
+from vidkv.models.registry import weights_folder
 from vidkv.models.vae import decode_clip, encode_clip, normalise
 from vidkv.pipeline import CausalVideoPipeline
 

@@ -16,7 +16,7 @@ from transformers import UMT5EncoderModel
 
 from tests.tiny import build_pipeline
 from vidkv.errors import CheckpointError, InputError, VidkvError
-from vidkv.models.checkpoints import file_shapes, model_shapes, read_json, require_tokenizer, verify
+from vidkv.models.checkpoints.folders import file_shapes, model_shapes, read_json, require_tokenizer, verify
 from vidkv.models.wan import CausalWanTransformer3DModel
 from vidkv.pipeline import CausalVideoPipeline, find_model
 
