@@ -6,6 +6,7 @@ import multiprocessing
 import platform
 import resource
 import signal
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,6 @@ import torch
 
 from vidkv.cache import CacheSpec
 from vidkv.errors import VidkvError
-from vidkv.pipeline import CausalVideoPipeline
 from vidkv.rollout import ChunkStats, Rollout
 
 WARM_UP_CHUNKS = 20
@@ -127,6 +127,8 @@ def _serve(end: Connection[Any, Any], model: str, format: str, device: str, thre
 
 
 def _start(model: str, format: str, device: str) -> Rollout:
+    from vidkv.pipeline import CausalVideoPipeline
+
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     pipe = CausalVideoPipeline.from_pretrained(model, dtype=dtype).to(device)
     spec = CacheSpec.of(pipe.default_cache().model_dump() | {"format": format})
@@ -144,10 +146,7 @@ def _sample(rollout: Rollout, device: str) -> Sample:
 
 
 def _clock(device: str) -> float:
-    if device == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
+    return time.process_time() if device == "cpu" else seconds(torch.device(device))
 
 
 def _summary(samples: list[Sample]) -> dict[str, Any]:
@@ -170,6 +169,34 @@ def _summary(samples: list[Sample]) -> dict[str, Any]:
         "rss_slope_bytes_per_1000_chunks": round(float(slope) * 1000),
         "rss_peak_bytes": samples[-1].resident_peak,
     }
+
+
+def seconds(device: torch.device) -> float:
+    """The time once the device has done all it was given."""
+    synchronize(device)
+    return time.perf_counter()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def median_s(call: Callable[[], Any], device: torch.device, calls: int = 5) -> float:
+    """Of a call that has been made twice before."""
+    call(), call()
+    times = []
+    for _ in range(calls):
+        started = seconds(device)
+        call()
+        times.append(seconds(device) - started)
+    return statistics.median(times)
+
+
+def rounded(value: float) -> float:
+    """To five digits."""
+    return float(f"{value:.5g}")
 
 
 def median_ratio(a: np.ndarray, b: np.ndarray, samples: int = 2000) -> tuple[float, float, float]:

@@ -1,4 +1,4 @@
-"""The command line: `vidkv generate | estimate | doctor | bench | eval | train`.
+"""The command line: `vidkv generate | estimate | convert | doctor | bench | eval | train`.
 
 Results go to stdout (one JSON object with `--json`), progress and messages to stderr. Exit codes: 0 done,
 1 a check failed, 2 a value or file that cannot be used, 130 and 143 stopped by Ctrl-C and SIGTERM.
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vidkv.errors import InputError, PromptError, VidkvError
+from vidkv.errors import PromptError, VidkvError
 
 if TYPE_CHECKING:
     from vidkv.rollout import Chunk
@@ -101,26 +101,70 @@ def estimate(
     sink: Sink = None,
     cache: Cache = None,
     batch: Annotated[int, typer.Option(min=1, help="Videos at once.")] = 1,
+    weights: Annotated[str, typer.Option(help="full, fp8 or int8.")] = "full",
+    text_weights: Annotated[
+        str | None, typer.Option(help="The same for the text encoder, by default as --weights.")
+    ] = None,
+    offload: Annotated[
+        str, typer.Option(help="What leaves the GPU when it is not needed: none, text, model or group.")
+    ] = "text",
+    card: Annotated[
+        list[float] | None, typer.Option(help="Does it fit a card of so many GB? Repeatable.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda, which need not be here.")] = "auto",
     as_json: Json = False,
 ) -> None:
-    """Say what memory a rollout needs, without its weights."""
+    """Say what memory a rollout needs and what fits which card, without its weights."""
+    from vidkv.apps.estimate import estimate_report, render
     from vidkv.apps.generate import cache_spec, check_device, compute_dtype, pick_device
-    from vidkv.memory import pixel_size, plan_memory
-    from vidkv.models.registry import MODELS
+    from vidkv.models.registry import known_model
 
-    if model not in MODELS:
-        raise InputError(f"unknown model {model!r}; known are {', '.join(MODELS)}")
-    entry = MODELS[model]
+    entry = known_model(model)
     check_device(device)
     where = device
     if device == "auto":
         # nobody rolls out the others on a CPU
         where = pick_device(device) if entry.weights else "cuda"
     spec = cache_spec(entry, _cache_changes(cache, kv_format, window, sink), where)
-    plan = plan_memory(entry, spec, *pixel_size(entry, height, width), batch, compute_dtype(where))
-    rows = "\n".join(f"{name:17} {value / 1e9:10.3f} GB" for name, value in plan.as_dict().items())
-    _emit(plan.as_dict() | {"model": model, "cache": str(spec)}, as_json, rows)
+    report = estimate_report(
+        entry, spec, where, compute_dtype(where), height, width, batch, weights, text_weights, offload,
+        card or (),
+    )  # fmt: skip
+    if as_json:
+        _emit(report, True, "")
+    else:
+        from rich.console import Console
+
+        Console(width=None if sys.stdout.isatty() else 120).print(render(report), highlight=False)
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Option(help="A model's name.")],
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Weights, an index.json or a folder; else looked up in the Hugging Face cache."),
+    ] = None,
+    base: Annotated[Path | None, typer.Option(help="Folder with text encoder, tokenizer and VAE.")] = None,
+    lora: Annotated[Path | None, typer.Option(help="LoRA file to merge.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write; by default where vidkv looks.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the transformer: bf16, fp16 or fp32.")] = "bf16",
+    ema: Annotated[
+        bool | None, typer.Option("--ema/--no-ema", help="Averaged weights; else as the authors run it.")
+    ] = None,
+    layout: Annotated[str, typer.Option(help="diffusers, or wan: one file for other tools.")] = "diffusers",
+    force: Annotated[bool, typer.Option("--force", help="Replace the folder.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Turn a published checkpoint into a folder that vidkv loads.
+
+    Pickles (.pt, .pth, .bin) are read here alone: in a process apart, as tensors and nothing else.
+    """
+    from vidkv.apps import convert as converting
+
+    request = converting.Request(tuple(files or ()), model, base, lora, out, dtype, ema, layout, force)
+    result = converting.convert(request, _say)
+    _emit(result, as_json, converting.summary(result))
 
 
 @app.command()
@@ -141,18 +185,69 @@ def doctor(as_json: Json = False) -> None:
 
 @bench_app.command("rollout")
 def bench_rollout(
-    chunks: Annotated[int, typer.Option(min=60, help="Chunks to roll out.")] = 1000,
-    formats: Annotated[str, typer.Option(help="Page formats, with commas.")] = "fp32,bf16,int8",
+    chunks: Annotated[
+        int | None,
+        typer.Option(min=1, help="Chunks: at least 60, by default 1000; with --random-weights by default 6."),
+    ] = None,
+    formats: Annotated[
+        str | None, typer.Option(help="Page formats, with commas; by default fp32,bf16,int8.")
+    ] = None,
     model: Model = "bounce",
+    random_weights: Annotated[
+        bool,
+        typer.Option(
+            "--random-weights", help="Any known model at full size, beside a loop in the stock style."
+        ),
+    ] = False,
+    window: Window = None,
+    sink: Sink = None,
+    kv_format: KvFormat = None,
+    height: Height = None,
+    width: Width = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps instead of the model's own.")] = None,
+    compiled: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="torch.compile blocks around attention.")
+    ] = None,
+    baseline: Annotated[bool | None, typer.Option(help="Time the stock loop too; so by default.")] = None,
+    profiled: Annotated[
+        bool | None, typer.Option("--profile/--no-profile", help="Break a pass down; so by default.")
+    ] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Cost and memory per chunk over a long rollout, formats in turn."""
+    """Cost and memory per chunk over a long rollout, formats in turn; or speed with --random-weights."""
+    choices = {
+        "--window": window, "--sink": sink, "--kv-format": kv_format, "--height": height, "--width": width,
+        "--steps": steps, "--compile": compiled, "--baseline": baseline, "--profile": profiled,
+    }  # fmt: skip
+    if random_weights:
+        from rich.console import Console
+
+        from vidkv.apps.bench_rollout import render, rollout_benchmark
+
+        if formats is not None:
+            raise typer.BadParameter("with --random-weights give one --kv-format", param_hint="'--formats'")
+        with ProgressLine() as line:
+            report = rollout_benchmark(
+                model, window, sink, kv_format, height, width, chunks or 6, steps, device, bool(compiled),
+                baseline is not False, profiled is not False, line.step_done,
+            )  # fmt: skip
+        if as_json:
+            _emit(report, True, "")
+        else:
+            Console(width=None if sys.stdout.isatty() else 160).print(render(report), highlight=False)
+        return
     from vidkv.apps.bench import rollout_report, table
     from vidkv.apps.generate import pick_device
 
+    for name, value in choices.items():
+        if value is not None:
+            raise typer.BadParameter("goes with --random-weights only", param_hint=f"'{name}'")
+    if chunks is not None and chunks < 60:
+        raise typer.BadParameter(f"{chunks} chunks show no trend; take at least 60", param_hint="'--chunks'")
+    names = (formats or "fp32,bf16,int8").split(",")
     with ProgressLine() as line:
-        report = rollout_report(model, formats.split(","), chunks, pick_device(device), line.step_done)
+        report = rollout_report(model, names, chunks or 1000, pick_device(device), line.step_done)
     _emit(report, as_json, table(report))
 
 

@@ -3,12 +3,14 @@
 The first latent frame of a video becomes one pixel frame and every later one four (Wan 2.1). The
 decoder is causal in time: each convolution keeps its last inputs, so feeding one frame at a time gives
 what decoding the whole clip gives. diffusers' `decode` clears those caches at every call; this class
-owns them instead.
+owns them instead. Both kinds work alike: Wan 2.1, and Wan 2.2 with residual blocks (a first latent frame
+takes every shortcut once, later ones twice a level). `vae_decoders.streaming_decoder` picks the class for
+a network.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -25,7 +27,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from einops import rearrange
 from torch import Tensor
 
-from vidkv.errors import StateError
+from vidkv.errors import InputError, StateError
 
 REPLICATE = "Rep"
 
@@ -44,6 +46,7 @@ class StreamingDecoder:
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
         self.vae = vae
+        self._statistics = Statistics(vae.config.latents_mean, vae.config.latents_std)
         self.reset()
 
     def reset(self) -> None:
@@ -51,6 +54,7 @@ class StreamingDecoder:
         convolutions: int = self.vae._cached_conv_counts["decoder"]
         self._features: list[Tensor | str | None] = [None] * convolutions
         self._fed_frames = 0
+        self._grid: tuple[int, int, int] | None = None
 
     @torch.no_grad()
     def feed(self, latents: Tensor) -> Tensor:
@@ -62,9 +66,13 @@ class StreamingDecoder:
         Returns:
             (batch, pixel frames, height, width, 3) uint8 on the latents' device.
         """
-        pixels = self.pixels(denormalise(self.vae, latents))
-        scaled = pixels.float().add(1).mul(127.5).round_().clamp_(0, 255).to(torch.uint8)
-        return rearrange(scaled, "b c f h w -> b f h w c")
+        return as_bytes(self.decode(latents))
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """As `feed`, before rounding: (batch, 3, pixel frames, height, width), nothing clamped."""
+        self._grid = check_latents(latents, self.vae.config.z_dim, self._grid)
+        return self.pixels(self._statistics.denormalise(latents))
 
     def pixels(self, latents: Tensor) -> Tensor:
         """Decode un-normalised latents (batch, frames, channels, h, w); nothing is clamped.
@@ -72,21 +80,22 @@ class StreamingDecoder:
         Returns:
             (batch, 3, pixel frames, height, width), nominally in [-1, 1].
         """
-        z = rearrange(latents, "b f c h w -> b c f h w").to(self.vae.dtype)
-        z = self.vae.post_quant_conv(z)
         decoded = []
-        for i in range(z.shape[2]):
+        for frame in torch.split(latents, 1, 1):
+            # frame by frame from the start, so that no sum depends on how many were fed at once
+            z = rearrange(frame, "b f c h w -> b c f h w").to(self.vae.dtype)
             first = self._fed_frames == 0
-            decoded.append(
-                self.vae.decoder(
-                    z[:, :, i : i + 1], feat_cache=self._features, feat_idx=[0], first_chunk=first
-                )
-            )
+            z = self.vae.post_quant_conv(z)
+            decoded.append(self.vae.decoder(z, feat_cache=self._features, feat_idx=[0], first_chunk=first))
             self._fed_frames += 1
         out = torch.cat(decoded, 2)
         if self.vae.config.patch_size is not None:
             out = unpatchify(out, patch_size=self.vae.config.patch_size)
         return out
+
+    def to(self, device: torch.device) -> None:
+        """Move the feature caches, not the network. To the host they go into pinned memory, unwaited for."""
+        self._features = [move(f, device) if isinstance(f, Tensor) else f for f in self._features]
 
     def flush(self) -> Tensor:
         """The frames still held back: none in this family, (0, 0, 0, 3) uint8."""
@@ -148,6 +157,7 @@ class StreamingDecoder:
         for i in wanted_marks:
             features[i] = REPLICATE
         self._features, self._fed_frames = features, int(fed)
+        self._grid = (batch, height, width) if fed else None
 
 
 def feature_shapes(vae: AutoencoderKLWan) -> list[tuple[int, float, bool]]:
@@ -168,22 +178,86 @@ def feature_shapes(vae: AutoencoderKLWan) -> list[tuple[int, float, bool]]:
     return caches
 
 
-def _statistics(vae: AutoencoderKLWan, like: Tensor) -> tuple[Tensor, Tensor]:
-    mean = torch.tensor(vae.config.latents_mean, device=like.device, dtype=like.dtype)
-    deviation = torch.tensor(vae.config.latents_std, device=like.device, dtype=like.dtype)
-    return mean.view(-1, 1, 1), deviation.view(-1, 1, 1)
+class Statistics:
+    """Mean and deviation of each latent channel, on every device and in every precision used so far.
+
+    Allocating them at each call would copy from the host and wait for it.
+
+    Args:
+        mean: per channel; None, with `deviation`, leaves latents as they are.
+    """
+
+    def __init__(self, mean: Sequence[float] | None, deviation: Sequence[float] | None) -> None:
+        if (mean is None) != (deviation is None):
+            raise InputError("give both latents_mean and latents_std, or neither")
+        self._values = None if mean is None or deviation is None else (tuple(mean), tuple(deviation))
+        self._ready: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """What the transformer sees to what the VAE sees; (…, channels, height, width)."""
+        if self._values is None:
+            return latents
+        mean, deviation = self._on(latents)
+        return latents * deviation + mean
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        """What the VAE sees to what the transformer sees; (…, channels, height, width)."""
+        if self._values is None:
+            return latents
+        mean, deviation = self._on(latents)
+        return (latents - mean) / deviation
+
+    def _on(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        key = like.device, like.dtype
+        if key not in self._ready and self._values is not None:
+            mean, deviation = (torch.tensor(v, device=key[0], dtype=key[1]) for v in self._values)
+            self._ready[key] = mean.view(-1, 1, 1), deviation.view(-1, 1, 1)
+        return self._ready[key]
 
 
 def denormalise(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
     """What the transformer sees to what the VAE sees; (…, channels, height, width)."""
-    mean, deviation = _statistics(vae, latents)
-    return latents * deviation + mean
+    return Statistics(vae.config.latents_mean, vae.config.latents_std).denormalise(latents)
 
 
 def normalise(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
     """What the VAE sees to what the transformer sees; (…, channels, height, width)."""
-    mean, deviation = _statistics(vae, latents)
-    return (latents - mean) / deviation
+    return Statistics(vae.config.latents_mean, vae.config.latents_std).normalise(latents)
+
+
+def as_bytes(pixels: Tensor) -> Tensor:
+    """(batch, 3, frames, height, width), nominally in [-1, 1], to (batch, frames, height, width, 3) uint8."""
+    scaled = pixels.float().add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
+    return rearrange(scaled, "b c f h w -> b f h w c")
+
+
+def check_latents(latents: Tensor, channels: int, grid: tuple[int, int, int] | None) -> tuple[int, int, int]:
+    """(batch, height, width) of latents to decode.
+
+    Args:
+        grid: what the frames before them had; None if there were none.
+
+    Raises:
+        InputError: no (batch, frames, channels, height, width) of at least one frame, or another grid.
+    """
+    shape = tuple(latents.shape)
+    if len(shape) != 5 or shape[2] != channels or 0 in shape:
+        raise InputError(
+            f"latents are {shape}; this decoder takes (batch, frames, {channels}, height, width)"
+        )
+    found = shape[0], shape[3], shape[4]
+    if grid not in (None, found):
+        raise InputError(
+            f"latents of (batch, height, width) {found} follow {grid}; reset the decoder for another video"
+        )
+    return found
+
+
+def move(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on a device, or the tensor where it is there; to the host pinned and without waiting."""
+    if tensor.is_cuda and device.type == "cpu":
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+    return tensor.to(device, non_blocking=True)
 
 
 def pixel_frames(latent_frames: int, temporal_scale: int = 4) -> int:

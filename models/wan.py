@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.attention import FeedForward
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import FP32LayerNorm
@@ -42,18 +43,20 @@ class TextContext:
         keys, values: per layer (b, heads, text tokens, d).
         mask: (b, f, text tokens), True where a frame may read a text token; None: everything (stock Wan
             has no mask: padding rows are read too).
+        embeds: (b, text tokens, text_dim), what they were computed from.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
     mask: Tensor | None = None
+    embeds: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (*self.keys, *self.values))
 
 
-class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
+class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """Wan 2.1's transformer for latent chunks (b, f, c, h, w).
 
     Args:
@@ -112,7 +115,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
         """Project text embeddings (b, text tokens, text_dim) to every layer's keys and values."""
         text = self.condition_embedder.text_embedder(embeds.to(self.dtype))
         pairs = [block.attn2.keys_values(text) for block in self._blocks()]
-        return TextContext([k for k, _ in pairs], [v for _, v in pairs], mask)
+        return TextContext([k for k, _ in pairs], [v for _, v in pairs], mask, embeds)
 
     def forward(self, latents: Tensor, timestep: Tensor, text: TextContext, attention: Attention) -> Tensor:
         """Predict the flow `noise - clean` of a chunk.
@@ -139,6 +142,19 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
         x = (self.norm_out(x.float()) * (1 + scale) + shift).type_as(x)
         out = self.proj_out(x)
         return rearrange(out, "b f (h w) (p q c) -> b f c (h p) (w q)", h=h // ph, w=w // pw, p=ph, q=pw)
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Let `torch.compile` fuse what stands around attention; all blocks share the two compiled halves.
+
+        The first pass of a shape takes seconds to compile; results change by rounding.
+
+        Args:
+            **options: of `torch.compile`.
+        """
+        before = torch.compile(Block.before, fullgraph=True, dynamic=False, **options)
+        after = torch.compile(Block.after, fullgraph=True, dynamic=False, **options)
+        for block in self._blocks():
+            block.halves = before, after
 
     def _blocks(self) -> list[Block]:
         return cast(list[Block], self.blocks)
@@ -168,13 +184,29 @@ class Block(nn.Module):
         self.norm3 = FP32LayerNorm(dim, eps, elementwise_affine=False)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
+        self.halves = Block.before, Block.after
+
     def forward(
         self, x: Tensor, modulation: Tensor, text_k: Tensor, text_v: Tensor, mask: Tensor | None,
         attend: Attend,
     ) -> Tensor:  # fmt: skip
-        shift1, scale1, gate1, shift3, scale3, gate3 = (self.scale_shift_table + modulation.float()).unbind(3)
-        normed = (self.norm1(x.float()) * (1 + scale1) + shift1).type_as(x)
-        x = (x.float() + self.attn1(normed, attend) * gate1).type_as(x)
+        before, after = self.halves
+        attended = attend(*before(self, x, modulation))
+        return after(self, x, attended, modulation, text_k, text_v, mask)
+
+    def before(self, x: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What self-attention is asked: q (b, f, s, n, d), k and v (b, f, s, kv heads, d)."""
+        shift, scale, *_ = (self.scale_shift_table + modulation.float()).unbind(3)
+        normed = (self.norm1(x.float()) * (1 + scale) + shift).type_as(x)
+        return self.attn1(normed)
+
+    def after(
+        self, x: Tensor, attended: Tensor, modulation: Tensor, text_k: Tensor, text_v: Tensor,
+        mask: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """The rest of the block, from what self-attention answered (b, f, s, n, d)."""
+        _, _, gate1, shift3, scale3, gate3 = (self.scale_shift_table + modulation.float()).unbind(3)
+        x = (x.float() + self.attn1.project(attended) * gate1).type_as(x)
         x = x + self.attn2(self.norm2(x.float()).type_as(x), text_k, text_v, mask)
         normed = (self.norm3(x.float()) * (1 + scale3) + shift3).type_as(x)
         return (x.float() + self.ffn(normed).float() * gate3).type_as(x)
@@ -194,12 +226,16 @@ class Projections(nn.Module):
         self.norm_q = nn.RMSNorm(dim, eps=eps)
         self.norm_k = nn.RMSNorm(kv_dim, eps=eps)
 
-    def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        """x (b, f, s, c) -> (b, f, s, c)."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (b, f, s, c) to q (b, f, s, n, d), k and v (b, f, s, kv heads, d)."""
         q = self.norm_q(self.to_q(x)).unflatten(-1, (self.heads, -1))
         k = self.norm_k(self.to_k(x)).unflatten(-1, (self.kv_heads, -1))
         v = self.to_v(x).unflatten(-1, (self.kv_heads, -1))
-        out: Tensor = self.to_out[0](attend(q, k, v).flatten(-2))
+        return q, k, v
+
+    def project(self, attended: Tensor) -> Tensor:
+        """(b, f, s, n, d) -> (b, f, s, c)."""
+        out: Tensor = self.to_out[0](attended.flatten(-2))
         return out
 
 

@@ -52,7 +52,7 @@ def test_the_formula(model: CausalWanTransformer3DModel) -> None:
     attention = FullAttention(2, 3)
     texts = build_text(model, seed=1), build_text(model, seed=2)
     made = rollout(model)
-    x = made._noise(0, 3)
+    x = made.noise.initial(0, 0, 3)
 
     def flow(x: Tensor, sigma: float, which: int) -> Tensor:
         return model(x, torch.full((1, 3), 1000 * sigma), texts[which], attention)
@@ -86,9 +86,8 @@ def test_scales_that_cannot_be(bad: float) -> None:
 def test_the_interval() -> None:
     with pytest.raises(InputError, match="guided_down_to"):
         FlowSchedule(guided_down_to=1.5)
-    assert [GUIDED.guidance(chunk, sigma) for chunk, sigma in ((0, 1.0), (0, 0.6), (0, 0.5), (1, 1.0))] == [
-        3.0, 3.0, 1.0, 1.0,
-    ]  # fmt: skip
+    steps = ((0, 1.0), (0, 0.6), (0, 0.5), (1, 1.0))
+    assert [GUIDED.guidance_at(chunk, sigma) for chunk, sigma in steps] == [3.0, 3.0, 1.0, 1.0]
     assert GUIDED.with_steps(4).first_chunk_guidance == 3.0
 
 

@@ -302,7 +302,7 @@ class TestAppend:
             assert frames is not None and frames.shape == (1, 1, 32, 48, 3)
             chunks = chunks_of(rollout, 2)
             assert [c.start_frame for c in chunks] == [1, 4]
-            assert list(rollout.window_latents) == [0, 1, 3, 4, 5, 6]
+            assert list(rollout.window_latents) == [0, 1, 2, 3, 4, 5, 6]
             assert torch.equal(rollout.window_latents[0], image[:, 0])
             videos.append(torch.cat([c.latents for c in chunks], 1))
         assert relative_l2(videos[0], videos[1]) > 0.01
@@ -433,7 +433,7 @@ class TestMemory:
         stats, tensors = [], []
         for _ in range(60):
             stats.append(rollout.step_chunk().stats)
-            assert len(rollout.window_latents) <= 6
+            assert len(rollout.window_latents) <= 11
             gc.collect(0)
             tensors.append(sum(t.nbytes for t in rollout.window_latents.values()))
         planned = planned_bytes(rollout.cache.spec, rollout.cache.geometry, torch.float32)
@@ -443,8 +443,8 @@ class TestMemory:
         assert {s.pages_read for s in stats[2:]} == {36}
         lossy = {"fp32": 0, "bf16": 0, "int8": 36}.get(format, 6)
         assert {s.lossy_pages_read for s in stats[3:]} == {lossy}
-        assert len(set(tensors[2:])) == 1
-        assert list(rollout.window_latents) == [0, 1, 176, 177, 178, 179]
+        assert len(set(tensors[3:])) == 1
+        assert list(rollout.window_latents) == [0, 1, *range(171, 180)]
 
     def test_window_latents_do_not_hold_whole_chunks(self, model: CausalWanTransformer3DModel) -> None:
         """Nor do they change when a caller works on a chunk in place."""
@@ -499,7 +499,7 @@ def _swap(resident: list[Any]) -> None:
 DAMAGE: dict[str, tuple[str, Callable[[dict[str, Tensor], dict[str, Any]], object]]] = {
     **{
         f"no {name}": (f"no '{name}'", lambda t, h, name=name: h.pop(name))
-        for name in ("cache", "chunk", "seeds", "schedule", "window_frames")
+        for name in ("cache", "chunk", "prefix", "noise", "schedule", "window_latents")
     },
     **{
         f"no cache {name}": (f"no '{name}'", lambda t, h, name=name: h["cache"].pop(name))
@@ -514,24 +514,24 @@ DAMAGE: dict[str, tuple[str, Callable[[dict[str, Tensor], dict[str, Any]], objec
     },
     "chunk of text": ("chunk is '3'", lambda t, h: h.update(chunk="3")),
     "chunk too large": ("chunk is 10 after 9", lambda t, h: h.update(chunk=10)),
-    "two seeds": ("seeds are", lambda t, h: h.update(seeds=[7, 8])),
-    "a negative seed": ("seeds are", lambda t, h: h.update(seeds=[-1])),
-    "a broken seed": ("seeds are", lambda t, h: h.update(seeds=[1.5])),
+    "two seeds": ("seeds are", lambda t, h: h["noise"].update(seeds=[7, 8])),
+    "a negative seed": ("seeds are", lambda t, h: h["noise"].update(seeds=[-1])),
+    "a broken seed": ("seeds are", lambda t, h: h["noise"].update(seeds=[1.5])),
     "no shift": ("schedule has", lambda t, h: h["schedule"].pop("shift")),
     "a rising schedule": ("schedule cannot", lambda t, h: h["schedule"].update(steps=[1, 5])),
     "a schedule of text": ("schedule cannot", lambda t, h: h["schedule"].update(steps=["x"])),
-    "another window": ("window_frames are", lambda t, h: h["window_frames"].pop()),
+    "another window": ("window_latents are", lambda t, h: h["window_latents"].pop()),
     "spec of text": ("spec is", lambda t, h: h["cache"].update(spec="int8")),
     "unknown spec": ("settings cannot", lambda t, h: h["cache"]["spec"].update(format="int9")),
     "duplicated frames": (
         "out of order", lambda t, h: h["cache"]["resident"].__setitem__(3, h["cache"]["resident"][2])
     ),
     "unsorted frames": ("out of order", lambda t, h: _swap(h["cache"]["resident"])),
-    "too few frames": ("5 resident frames", lambda t, h: h["cache"]["resident"].pop()),
+    "too few frames": (r"full\.k is", lambda t, h: h["cache"]["resident"].pop()),
     "too many frames": ("7 resident", lambda t, h: h["cache"]["resident"].insert(2, [2, "pages"])),
     "future frames": ("the next one is 8", lambda t, h: h["cache"].update(next_frame=8)),
     "a lost sink": (
-        "sink frames", lambda t, h: h["cache"]["resident"].__setitem__(slice(0, 3), [[2, "pages"]] * 1)
+        "the sinks are", lambda t, h: h["cache"]["resident"].__setitem__(slice(0, 3), [[2, "pages"]] * 1)
     ),
     "frames alone": ("not pairs", lambda t, h: h["cache"].update(resident=[0, 1])),
     "another pool": ("attic", lambda t, h: h["cache"]["resident"][0].__setitem__(1, "attic")),
@@ -579,8 +579,9 @@ class TestState:
         rollout = build_rollout(transformer=model)
         latents = latents_of(rollout, 4)
         tensors, header = rollout.state()
-        assert header["window_frames"] == [0, 1, 8, 9, 10, 11]
-        assert torch.equal(tensors["window_latents"], latents[:, [0, 1, 8, 9, 10, 11]])
+        wanted = [0, 1, *range(3, 12)]
+        assert header["window_latents"] == wanted
+        assert torch.equal(tensors["window_latents"], latents[:, wanted])
 
     def test_without_the_decoder_s_part(self, model: CausalWanTransformer3DModel) -> None:
         source = build_rollout(transformer=model)

@@ -15,7 +15,7 @@ from vidkv.schedule import FlowSchedule, shifted
 
 
 def stock_table(shift: float) -> np.ndarray:
-    """Self-Forcing's 1,000 sigmas, from 1 downwards."""
+    """Self-Forcing's 1,000 sigmas, from 1 downwards, at float64; it has them at float32."""
     s = np.linspace(1, 0, 1001)[:-1]
     return shift * s / (1 + (shift - 1) * s)
 
@@ -32,7 +32,7 @@ class TestLevels:
     def test_warped_steps_are_entries_of_the_stock_table(self, marks: tuple[int, ...], shift: float) -> None:
         table = np.append(stock_table(shift), 0.0)
         wanted = [table[1000 - mark] for mark in marks]
-        assert FlowSchedule(marks, shift).sigmas(3) == pytest.approx(wanted, abs=1e-12)
+        assert FlowSchedule(marks, shift).sigmas(3) == pytest.approx(wanted, abs=1e-6)
 
     @pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 8.0])
     @pytest.mark.parametrize("marks", [(1000, 750, 500, 250), (937, 400, 3), (1,)], ids=str)
@@ -40,8 +40,8 @@ class TestLevels:
         table = stock_table(shift)
         wanted = [table[np.abs(1000 * table - mark).argmin()] for mark in marks]
         found = FlowSchedule(marks, shift, warp=False).sigmas(0)
-        assert found == pytest.approx(wanted, abs=1e-12)
-        assert found != FlowSchedule(marks, shift).sigmas(0) or shift == 1.0 or marks == (1000,)
+        assert found == pytest.approx(wanted, abs=1e-6)
+        assert found != FlowSchedule(marks, shift).sigmas(0) or shift == 1.0 or marks in ((1000,), (1,))
 
     def test_shift_keeps_the_ends(self) -> None:
         assert shifted(0, 5) == 0 and shifted(1, 5) == 1

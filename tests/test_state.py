@@ -130,9 +130,9 @@ class TestFile:
         with safe_open(saved(tmp_path, model), framework="pt") as file:
             header = json.loads(file.metadata()["vidkv"])
             names = set(file.keys())
-        assert header["schema"] == state.SCHEMA == 2
+        assert header["schema"] == state.SCHEMA == 3
         assert header["torch"] == torch.__version__
-        assert header["rollout"]["chunk"] == 3 and header["rollout"]["seeds"] == [7]
+        assert header["rollout"]["chunk"] == 3 and header["rollout"]["noise"]["seeds"] == [7]
         assert {"window_latents", "cache.pages.k", "cache.pages.k_scale", "cache.key_mean"} <= names
 
     def test_before_the_first_chunk(self, tmp_path: Path, model: CausalWanTransformer3DModel) -> None:
@@ -258,7 +258,7 @@ class TestRefused:
         path = saved(tmp_path, model)
         rewritten(path, lambda header, _: header.update(schema=schema))
         message = self.refused(path, build_rollout(SPEC, transformer=model))
-        assert f"version {schema}" in message and "version 2" in message
+        assert f"version {schema}" in message and "version 3" in message
 
     @pytest.mark.parametrize("name", ["cache.pages.k", "cache.key_mean", "window_latents"])
     def test_a_missing_tensor(self, tmp_path: Path, model: CausalWanTransformer3DModel, name: str) -> None:
@@ -266,7 +266,7 @@ class TestRefused:
         rewritten(path, lambda _, tensors: tensors.pop(name))
         self.refused(path, build_rollout(SPEC, transformer=model))
 
-    @pytest.mark.parametrize("name", ["cache", "chunk", "seeds", "schedule", "window_frames"])
+    @pytest.mark.parametrize("name", ["cache", "chunk", "prefix", "noise", "schedule", "window_latents"])
     def test_a_missing_entry(self, tmp_path: Path, model: CausalWanTransformer3DModel, name: str) -> None:
         path = saved(tmp_path, model)
         rewritten(path, lambda header, _: header["rollout"].pop(name))

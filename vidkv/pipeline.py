@@ -323,7 +323,7 @@ class CausalVideoPipeline(DiffusionPipeline):
                 default the model's own contrast to each prompt.
         """
         negative = None
-        if rollout.schedule.guidance(rollout.chunk, 1.0) != 1:
+        if rollout.schedule.guidance_at(rollout.chunk, 1.0) != 1:
             grammar = self.config.prompt_grammar
             if negative_prompt is not None:
                 wanted = [canonical_prompt(grammar)(negative_prompt)] * len(prompts)

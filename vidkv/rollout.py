@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -17,11 +18,12 @@ from vidkv.cache import CacheGeometry, CacheSpec, KVCache
 from vidkv.cache.saved import check_tensor, entry, whole_numbers
 from vidkv.dispatch import check as check_path
 from vidkv.dispatch import choose as choose_path
-from vidkv.errors import InputError, NumericsError, StateError
+from vidkv.errors import InputError, NumericsError, ResourceError, StateError
+from vidkv.models.vae import pixel_frames
 from vidkv.models.wan import CausalWanTransformer3DModel, TextContext
-from vidkv.noise import chunk_noise
+from vidkv.noise import CounterNoise, NoiseSource
 from vidkv.read_path import ReadPath
-from vidkv.schedule import TRAIN_TIMESTEPS, FlowSchedule
+from vidkv.schedule import FlowSchedule, Solver
 
 
 class Decoder(Protocol):
@@ -84,6 +86,10 @@ EditStep = Callable[[int, int, Tensor], Tensor]
 """Called after each denoising step with (chunk, step, latents (b, f, c, h, w)); what it returns goes on."""
 
 
+Switch = Literal["keep", "recache", "flush", "lerp"]
+"""What becomes of the history when the prompt changes, see `Rollout.switch`."""
+
+
 class Rollout:
     """A video in the making: cache, schedule, noise, decoder state and frame counter.
 
@@ -93,7 +99,8 @@ class Rollout:
 
     Args:
         transformer: the causal DiT.
-        text: its text context; replace it between chunks with `set_text`.
+        text: its text context, or prompt embeddings (b, text tokens, text_dim); replace it between chunks
+            with `set_text` or `switch`.
         spec: cache settings.
         schedule: noise levels.
         latent_size: (channels, height, width) of a latent frame.
@@ -101,12 +108,20 @@ class Rollout:
         chunk_frames: latent frames per chunk.
         decoder: turns finished latents into frames; None leaves them latent.
         path: how pages are read; by default what `dispatch.choose` finds fastest. It stays.
+        first_chunk_frames: latent frames of the first chunk where it differs (models with an independent
+            first frame: 1).
+        noise: where noise comes from; by default streams of the seeds (`CounterNoise`).
+        recompute_context: build the cache anew before every chunk from the last `window - chunk_frames` clean
+            latents, in one pass, instead of keeping it (Krea's loop).
+        context_encoder: with `recompute_context`, (b, height, width, 3) uint8 to latents (b, c, h, w): the
+            first latent frame of the context is encoded anew from the last of its decoded frames, because
+            the VAE knows a video's first frame as something special (likewise).
     """
 
     def __init__(
         self,
         transformer: CausalWanTransformer3DModel,
-        text: TextContext,
+        text: TextContext | Tensor,
         spec: CacheSpec,
         schedule: FlowSchedule,
         latent_size: tuple[int, int, int],
@@ -115,6 +130,11 @@ class Rollout:
         decoder: Decoder | None = None,
         cache: KVCache | None = None,
         path: ReadPath | None = None,
+        *,
+        first_chunk_frames: int | None = None,
+        noise: NoiseSource | None = None,
+        recompute_context: bool = False,
+        context_encoder: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         _, height, width = latent_size
         for seed in seeds:
@@ -122,31 +142,102 @@ class Rollout:
                 raise InputError(f"seed {seed} must be a whole number between 0 and 2**64 - 1")
         if not seeds:
             raise InputError("give at least one seed: there is one per batch element")
-        self.transformer, self.text, self.schedule = transformer, text, schedule
-        self.negative: TextContext | None = None
-        self.latent_size, self.chunk_frames = latent_size, chunk_frames
-        self.seeds = tuple(int(seed) for seed in seeds)
-        self.decoder = decoder
+        if first_chunk_frames is not None and not 1 <= first_chunk_frames <= chunk_frames:
+            raise InputError(
+                f"first_chunk_frames={first_chunk_frames} must lie between 1 and chunk_frames={chunk_frames}"
+            )
+        self.transformer, self.schedule = transformer, schedule
         self.device, self.dtype = transformer.device, transformer.dtype
+        self.text = self._text(text)
+        self.negative: TextContext | None = None
+        self._transition: _Transition | None = None
+        self.latent_size, self.chunk_frames = latent_size, chunk_frames
+        self.first_chunk_frames = first_chunk_frames or chunk_frames
+        self.seeds = tuple(int(seed) for seed in seeds)
+        self.noise = noise or CounterNoise(self.seeds, latent_size, self.device, self.dtype)
+        self.decoder = decoder
+        self.recompute_context, self.context_encoder = recompute_context, context_encoder
         geometry = CacheGeometry.of_model(transformer.config, height, width, chunk_frames, len(self.seeds))
         heads = transformer.config.num_attention_heads
         self.path = path or choose_path(spec, geometry, heads, self.device, self.dtype)
         self.cache = cache or KVCache(spec, geometry, self.device, self.dtype)
-        self.chunk = 0
+        self.negative_cache: KVCache | None = None
+        if schedule.guidance != 1 and cache is None:
+            self.negative_cache = KVCache(spec, geometry, self.device, self.dtype)
+        self.chunk = self.prefix_chunks = self.prefix_frames = 0
         self.window_latents: dict[int, Tensor] = {}
+        self.context_frames: dict[int, Tensor] = {}
 
     @property
     def next_frame(self) -> int:
         """Latent frames so far."""
         return self.cache.layout.next_frame
 
-    def set_text(self, text: TextContext, negative: TextContext | None = None) -> None:
+    @property
+    def next_chunk_frames(self) -> int:
+        """Latent frames of the next chunk."""
+        return self.chunk_frames if self.chunk else self.first_chunk_frames
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the cache, and of the negative text's where there is one."""
+        return sum(cache.nbytes for cache in self._caches())
+
+    def set_text(self, text: TextContext | Tensor, negative: TextContext | Tensor | None = None) -> None:
         """Use another prompt from the next chunk on; the cache stays (strategy `keep`).
 
         Args:
+            text: a context, or embeddings (b, text tokens, text_dim).
             negative: what the schedule's guidance leads away from; without one no step is guided.
         """
-        self.text, self.negative = text, negative
+        self.text, self._transition = self._text(text), None
+        self.negative = None if negative is None else self._text(negative)
+
+    def switch(
+        self,
+        text: TextContext | Tensor,
+        negative: TextContext | Tensor | None = None,
+        strategy: Switch = "keep",
+        chunks: int = 4,
+        keep_sinks: bool = True,
+        at_once: bool = False,
+        done: int = 0,
+    ) -> None:
+        """Change the prompt between two chunks, and say what becomes of the history.
+
+        Args:
+            strategy: `keep`: cross-attention alone sees the new prompt. `recache`: keys and values of the
+                last window of clean latents are computed anew under it (LongLive, arXiv 2509.22622).
+                `flush`: all but the sinks and the newest latent frame is dropped (Infinity-RoPE, arXiv
+                2511.20649). `lerp`: the embeddings go from the old prompt to the new one in equal parts over
+                the next chunks (Krea).
+            chunks: of a `lerp`; the last of them has the new prompt alone.
+            keep_sinks: a `recache` leaves sinks as they are; otherwise its first frames become the sinks.
+                In a video not longer than the window all is computed anew.
+            at_once: a `recache` in one pass in which its frames see each other, as LongLive was trained;
+                otherwise chunk after chunk, as they were made.
+            done: chunks of a `lerp` that lie behind already, for a restored rollout.
+
+        What a `lerp` still has to do is not part of `state`.
+        """
+        if strategy not in get_args(Switch):
+            raise InputError(f"prompt switch {strategy!r:.60}; choose {', '.join(get_args(Switch))}")
+        if strategy == "lerp":
+            if chunks < 1:
+                raise InputError(f"a lerp over {chunks} chunks; give at least 1")
+            before, text = self.text, self._text(text)
+            if before.embeds is None or text.embeds is None:
+                raise InputError("a lerp needs prompts with their embeddings; use transformer.encode_text")
+            self.set_text(before, negative)
+            self._transition = _Transition(before.embeds, text, chunks, done)
+            return
+        self.set_text(text, negative)
+        if strategy == "recache":
+            self._recache(keep_sinks, at_once)
+        elif strategy == "flush":
+            newest = self.cache.layout.resident[-1:]
+            for cache in self._caches():
+                cache.forget(set(cache.layout.resident) - set(cache.layout.sinks) - set(newest))
 
     @torch.no_grad()
     def step_chunk(
@@ -155,12 +246,18 @@ class Rollout:
         noise: Tensor | None = None,
         on_step: OnStep | None = None,
         edit: EditStep | None = None,
+        *,
+        step_noise: Sequence[Tensor] | None = None,
+        given: Tensor | None = None,
     ) -> Chunk:
         """Generate the next chunk: `denoise`, clean pass, decode.
 
         Args:
             frames: latent frames; by default a full chunk.
-            noise: initial noise (b, f, c, h, w) instead of the seed's.
+            noise: initial noise (b, f, c, h, w) instead of the source's.
+            step_noise: fresh noise of that shape for every step that takes some, likewise.
+            given: clean latents (b, fewer frames, c, h, w) that the chunk begins with: they are held at
+                timestep 0 through its steps (Wan 2.2 TI2V's image conditioning).
             on_step: called after every denoising step.
             edit: called after every denoising step; may change the latents.
 
@@ -169,21 +266,23 @@ class Rollout:
             InputError: noise, or latents that `edit` returned, not of this rollout's shape; likewise.
             NumericsError: NaN or Inf in the chunk; likewise, unless they appear in the clean pass only:
                 then the cache is broken and the way back is `restore`.
+            ResourceError: the device has run out of memory; likewise.
         """
         read_before = self.cache.pages_read, self.cache.lossy_pages_read
         started = _seconds(self.device)
-        latents = self.denoise(frames, noise, on_step, edit)
+        latents = self.denoise(frames, noise, on_step, edit, step_noise=step_noise, given=given)
         denoised = _seconds(self.device)
         start_frame = self.next_frame
-        self._commit(latents)
-        committed = _seconds(self.device)
-        pixels = self.decoder.feed(latents) if self.decoder else None
+        with _naming_shortage(self.device):
+            self._commit(latents)
+            committed = _seconds(self.device)
+            pixels = self._decode(latents, start_frame)
         finished = _seconds(self.device)
         stats = ChunkStats(
             denoise_s=denoised - started,
             commit_s=committed - denoised,
             decode_s=finished - committed,
-            kv_bytes=self.cache.nbytes,
+            kv_bytes=self.kv_bytes,
             bytes_per_frame=self.cache.bytes_per_frame,
             resident_frames=len(self.cache.table),
             pages_read=self.cache.pages_read - read_before[0],
@@ -198,6 +297,9 @@ class Rollout:
         noise: Tensor | None = None,
         on_step: OnStep | None = None,
         edit: EditStep | None = None,
+        *,
+        step_noise: Sequence[Tensor] | None = None,
+        given: Tensor | None = None,
     ) -> Tensor:
         """The next chunk's clean latents, not committed: the rollout stands before this chunk as it did.
 
@@ -209,18 +311,60 @@ class Rollout:
         Returns:
             (b, f, c, h, w).
         """
-        frames = self.chunk_frames if frames is None else frames
-        if noise is not None:
-            self._check_shape(noise, frames)
-        self.cache.begin(frames)
-        try:
-            return self._denoise(frames, noise, on_step, edit)
-        finally:
-            self.cache.abandon()
+        frames = self.next_chunk_frames if frames is None else frames
+        solver = self.schedule.solver(self.chunk - self.prefix_chunks)
+        for tensor in (noise, *(step_noise or ())):
+            if tensor is not None:
+                self._check_shape(tensor, frames)
+        draws = sum(solver.draws(step) for step in range(len(solver.sigmas)))
+        if step_noise is not None and len(step_noise) != draws:
+            raise InputError(f"step_noise has {len(step_noise)} tensors; this chunk takes {draws}")
+        if given is not None:
+            if given.ndim != 5 or not 1 <= given.shape[1] < frames:
+                raise InputError(f"given latents are {tuple(given.shape)}; fewer than {frames} frames fit")
+            self._check_shape(given, given.shape[1])
+            given = given.to(self.device, self.dtype)
+        if self._transition is not None:
+            self.text = self._transition.text(self.transformer)
+        with _naming_shortage(self.device):
+            if self.recompute_context:
+                self._rebuild(range(max(0, self.next_frame - self.cache.layout.capacity), self.next_frame))
+            for cache in self._caches():
+                cache.begin(frames)
+            try:
+                return self._denoise(solver, frames, noise, step_noise, given, on_step, edit)
+            finally:
+                for cache in self._caches():
+                    cache.abandon()
+
+    def prefill(self, latents: Tensor) -> Tensor | None:
+        """Commit given clean latents (b, f, c, h, w) before the first generated chunk: an image or a video.
+
+        They are cut into chunks as the stock code does it: the first chunk's frames, then full chunks.
+
+        Returns:
+            Their pixel frames (b, pixel frames, height, width, 3) uint8; None without a decoder.
+
+        Raises:
+            InputError: not of this rollout's shape, no whole number of chunks, or chunks have been generated.
+        """
+        if self.chunk != self.prefix_chunks:
+            raise InputError(f"a prefix comes first; {self.chunk - self.prefix_chunks} chunks were generated")
+        first, frames = self.next_chunk_frames, latents.shape[1] if latents.ndim == 5 else 0
+        self._check_shape(latents, frames)
+        if frames < first or (frames - first) % self.chunk_frames:
+            raise InputError(
+                f"a prefix of {frames} latent frames; this model takes {first} and then multiples of "
+                f"{self.chunk_frames}"
+            )
+        parts = latents.tensor_split(list(range(first, frames, self.chunk_frames)), 1)
+        pixels = [self.append(part) for part in parts]
+        self.prefix_chunks, self.prefix_frames = self.chunk, self.next_frame
+        return torch.cat([part for part in pixels if part is not None], 1) if self.decoder else None
 
     @torch.no_grad()
     def append(self, latents: Tensor) -> Tensor | None:
-        """Commit given clean latents (b, f, c, h, w) as the next chunk: a prefix or an extension.
+        """Commit given clean latents (b, f, c, h, w) as the next chunk, in place of a generated one.
 
         Raises:
             InputError: not of this rollout's shape.
@@ -229,8 +373,10 @@ class Rollout:
         self._check_shape(latents, latents.shape[1] if latents.ndim == 5 else self.chunk_frames)
         latents = latents.to(self.device, self.dtype)
         self._check_finite(latents)
-        self._commit(latents)
-        return self.decoder.feed(latents) if self.decoder else None
+        start_frame = self.next_frame
+        with _naming_shortage(self.device):
+            self._commit(latents)
+            return self._decode(latents, start_frame)
 
     def fork(self) -> Rollout:
         """A second rollout with the same history; pages are shared until each has moved on.
@@ -243,15 +389,22 @@ class Rollout:
         other = Rollout(
             self.transformer, self.text, self.cache.spec, self.schedule, self.latent_size, self.seeds,
             self.chunk_frames, self.decoder.copy() if self.decoder else None, self.cache.fork(), self.path,
+            first_chunk_frames=self.first_chunk_frames, noise=self.noise.copy(),
+            recompute_context=self.recompute_context, context_encoder=self.context_encoder,
         )  # fmt: skip
         other.negative = self.negative
+        other.negative_cache = self.negative_cache.fork() if self.negative_cache else None
+        other._transition = self._transition.copy() if self._transition else None
         other.chunk, other.window_latents = self.chunk, dict(self.window_latents)
+        other.prefix_chunks, other.prefix_frames = self.prefix_chunks, self.prefix_frames
+        other.context_frames = dict(self.context_frames)
         return other
 
     def close(self) -> None:
         """Let go of the cache and the decoder's memory, for good; forks go on. Twice is once."""
-        self.cache.close()
-        self.window_latents = {}
+        for cache in self._caches():
+            cache.close()
+        self.window_latents, self.context_frames = {}, {}
         if self.decoder:
             self.decoder.reset()
 
@@ -271,18 +424,23 @@ class Rollout:
 
         The transformer and the text are not part of it.
         """
-        tensors, cache = self.cache.state_tensors()
-        tensors = {f"cache.{name}": tensor for name, tensor in tensors.items()}
+        tensors: dict[str, Tensor] = {}
+        headers: dict[str, Any] = {}
+        for name, cache in zip(("cache", "negative_cache"), self._caches(), strict=False):
+            parts, headers[name] = cache.state_tensors()
+            tensors |= {f"{name}.{key}": tensor for key, tensor in parts.items()}
+        noise, headers["noise"] = self.noise.state()
+        tensors |= {f"noise.{key}": tensor for key, tensor in noise.items()}
         if self.decoder:
             tensors |= {f"decoder.{name}": tensor.cpu() for name, tensor in self.decoder.state().items()}
-        if self.window_latents:
-            tensors["window_latents"] = torch.stack([t.cpu() for t in self.window_latents.values()], 1)
-        header = {
-            "cache": cache,
+        for name, kept in (("window_latents", self.window_latents), ("context_frames", self.context_frames)):
+            headers[name] = list(kept)
+            if kept:
+                tensors[name] = torch.stack([tensor.cpu() for tensor in kept.values()], 1)
+        header = headers | {
             "chunk": self.chunk,
-            "seeds": list(self.seeds),
+            "prefix": [self.prefix_chunks, self.prefix_frames],
             "schedule": asdict(self.schedule),
-            "window_frames": list(self.window_latents),
             "read_path": self.path.as_dict(),
         }
         return tensors, header
@@ -296,46 +454,85 @@ class Rollout:
         """
         if self.decoder and not _under("decoder.", tensors):
             raise StateError("the state was saved without a decoder; restore it into a rollout without one")
-        cache_tensors, cache = _under("cache.", tensors), entry(header, "cache", dict)
-        self.cache.check_state(cache_tensors, cache)
-        chunk, seeds = entry(header, "chunk", int), tuple(whole_numbers(header, "seeds"))
         schedule = _schedule(entry(header, "schedule", dict))
+        if (schedule.guidance != 1) != (self.negative_cache is not None):
+            raise StateError(
+                f"the state was saved with guidance {schedule.guidance:g}, this rollout has "
+                f"{self.schedule.guidance:g}; with and without guidance do not mix"
+            )
+        names = ("cache", "negative_cache")[: len(self._caches())]
+        saved = {name: (_under(f"{name}.", tensors), entry(header, name, dict)) for name in names}
+        for cache, parts in zip(self._caches(), saved.values(), strict=True):
+            cache.check_state(*parts)
+        resident = [frame for frame, _ in saved["cache"][1]["resident"]]
+        next_frame = saved["cache"][1]["next_frame"]
+        chunk, prefix = entry(header, "chunk", int), whole_numbers(header, "prefix")
         path = ReadPath.of(entry(header, "read_path", dict))
         check_path(path, self.cache.spec, self.cache.geometry, self.device, self.dtype)
-        if len(seeds) != len(self.seeds) or not all(0 <= seed < 2**64 for seed in seeds):
-            raise StateError(f"the saved seeds are {seeds!s:.60}, this rollout needs {len(self.seeds)}")
-        if not chunk <= cache["next_frame"] <= chunk * self.chunk_frames:
+        if not chunk <= next_frame <= chunk * self.chunk_frames:
             raise StateError(
-                f"the saved chunk is {chunk} after {cache['next_frame']} latent frames, with at most "
+                f"the saved chunk is {chunk} after {next_frame} latent frames, with at most "
                 f"{self.chunk_frames} a chunk"
             )
-        frames, resident = whole_numbers(header, "window_frames"), [frame for frame, _ in cache["resident"]]
-        if frames != resident:
-            raise StateError(f"the saved window_frames are {frames!s:.60}, its pages are of {resident!s:.60}")
-        kept: Sequence[Tensor] = ()
-        if frames:
-            channels, height, width = self.latent_size
-            shape = (len(seeds), len(frames), channels, height, width)
-            check_tensor(tensors, "window_latents", shape, self.dtype)
-            kept = tensors["window_latents"].to(self.device, copy=True).unbind(1)
+        if len(prefix) != 2 or not 0 <= prefix[0] <= chunk or not prefix[0] <= prefix[1] <= next_frame:
+            raise StateError(
+                f"the saved prefix is {prefix!s:.60} of {chunk} chunks, {next_frame} latent frames"
+            )
+        wanted = sorted({*resident, *range(max(0, next_frame - self.cache.spec.window), next_frame)})
+        if whole_numbers(header, "window_latents") != wanted:
+            raise StateError(
+                f"the saved window_latents are of {header['window_latents']!s:.60}, its pages need "
+                f"{wanted!s:.60}"
+            )
+        channels, height, width = self.latent_size
+        latents = self._kept("window_latents", tensors, header, (channels, height, width), self.dtype)
+        stored = tensors.get("context_frames")
+        pixels = tuple(stored.shape[2:]) if stored is not None else ()
+        contexts = self._kept("context_frames", tensors, header, pixels, torch.uint8)
+        noise = self.noise.copy()
+        noise.restore(_under("noise.", tensors), entry(header, "noise", dict))
         if self.decoder:
-            self.decoder.restore(_under("decoder.", tensors), (len(seeds), *self.latent_size[1:]))
-        self.cache.restore(cache_tensors, cache)
-        self.chunk, self.seeds, self.schedule, self.path = chunk, seeds, schedule, path
-        self.window_latents = dict(zip(frames, kept, strict=True))
+            self.decoder.restore(_under("decoder.", tensors), (len(self.seeds), height, width))
+        for cache, parts in zip(self._caches(), saved.values(), strict=True):
+            cache.restore(*parts)
+        self.noise, self.seeds = noise, tuple(entry(header["noise"], "seeds", list))
+        self.chunk, self.schedule, self.path = chunk, schedule, path
+        self.prefix_chunks, self.prefix_frames = prefix
+        self.window_latents, self.context_frames = latents, contexts
+
+    def _kept(
+        self, name: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any], shape: tuple[int, ...],
+        dtype: torch.dtype,
+    ) -> dict[int, Tensor]:  # fmt: skip
+        """Saved tensors (b, *shape) by latent frame."""
+        frames = whole_numbers(header, name)
+        if not frames:
+            return {}
+        check_tensor(tensors, name, (len(self.seeds), len(frames), *shape), dtype)
+        return dict(zip(frames, tensors[name].to(self.device, copy=True).unbind(1), strict=True))
+
+    @torch.no_grad()
+    def _text(self, text: TextContext | Tensor) -> TextContext:
+        return text if isinstance(text, TextContext) else self.transformer.encode_text(text.to(self.device))
+
+    def _caches(self) -> list[KVCache]:
+        return [self.cache] if self.negative_cache is None else [self.cache, self.negative_cache]
 
     def _denoise(
-        self, frames: int, noise: Tensor | None, on_step: OnStep | None, edit: EditStep | None
-    ) -> Tensor:
-        sigmas = self.schedule.sigmas(self.chunk)
-        attention = CachedAttention(self.cache, self.path)
-        x = self._noise(0, frames) if noise is None else noise.to(self.device, self.dtype)
-        for step, (sigma, next_sigma) in enumerate(zip(sigmas, (*sigmas[1:], 0.0), strict=True)):
-            flow = self._flow(x, sigma, attention)
+        self, solver: Solver, frames: int, noise: Tensor | None, step_noise: Sequence[Tensor] | None,
+        given: Tensor | None, on_step: OnStep | None, edit: EditStep | None,
+    ) -> Tensor:  # fmt: skip
+        attention = [CachedAttention(cache, self.path) for cache in self._caches()]
+        if noise is None:
+            noise = self.noise.initial(self.chunk, self.next_frame - self.prefix_frames, frames)
+        x = _hold(noise.to(self.device, self.dtype), given)
+        own = iter(step_noise) if step_noise is not None else None
+        for step, sigma in enumerate(solver.sigmas):
+            flow = self._flow(x, sigma, solver.timesteps[step], given, attention)
             fresh = None
-            if next_sigma and self.schedule.sampler == "renoise":
-                fresh = self._noise(step + 1, frames)
-            x = self.schedule.advance(x, flow, sigma, next_sigma, fresh)
+            if solver.draws(step):
+                fresh = next(own).to(x) if own else self.noise.fresh(self.chunk, step + 1, frames)
+            x = _hold(solver.advance(step, x, flow, fresh), given)
             if edit:
                 x = edit(self.chunk, step, x)
                 self._check_shape(x, frames)
@@ -345,26 +542,92 @@ class Rollout:
         self._check_finite(x)
         return x
 
-    def _flow(self, x: Tensor, sigma: float, attention: CachedAttention) -> Tensor:
-        timestep = self._timestep(sigma, x.shape[1])
-        flow = self.transformer(x, timestep, self.text, attention)
-        scale = self.schedule.guidance(self.chunk, sigma)
+    def _flow(
+        self, x: Tensor, sigma: float, timestep: float, given: Tensor | None, attention: list[CachedAttention]
+    ) -> Tensor:
+        times = self._timestep(timestep, x.shape[1])
+        if given is not None:
+            times[:, : given.shape[1]] = 0
+        flow = self.transformer(x, times, self.text, attention[0])
+        scale = self.schedule.guidance_at(self.chunk, sigma)
         if scale == 1 or self.negative is None:
             return flow
-        return torch.lerp(self.transformer(x, timestep, self.negative, attention), flow, scale)
+        # a first chunk has no history: without a cache of its own the negative text reads the same nothing
+        return torch.lerp(self.transformer(x, times, self.negative, attention[-1]), flow, scale)
 
     def _commit(self, latents: Tensor) -> None:
-        start = self.next_frame
-        self.cache.begin(latents.shape[1])
-        attention = CachedAttention(self.cache, self.path, commit=True)
-        with self.cache.committing():
-            # not needed for itself, but NaN in any layer's keys or values reaches it
-            flow = self.transformer(latents, self._timestep(0.0, latents.shape[1]), self.text, attention)
-            self._check_finite(flow)
-        for i in range(latents.shape[1]):
+        start, frames = self.next_frame, latents.shape[1]
+        if self.recompute_context:
+            # the next chunk computes its context from these; keys and values now would be thrown away
+            for cache in self._caches():
+                cache.forget(cache.layout.resident)
+                cache.seek(start + frames)
+        else:
+            self._clean_pass(latents)
+        for i in range(frames):
             self.window_latents[start + i] = latents[:, i].clone()
-        self.window_latents = {f: t for f, t in self.window_latents.items() if f in self.cache.table}
+        kept = {
+            *self.cache.layout.resident,
+            *range(self.next_frame - self.cache.spec.window, self.next_frame),
+        }
+        self.window_latents = {f: t for f, t in self.window_latents.items() if f in kept}
         self.chunk += 1
+        if self._transition is not None and self._transition.advance():
+            self.text, self._transition = self._transition.after, None
+
+    def _clean_pass(self, latents: Tensor, at_once: bool = False) -> None:
+        """Write the keys and values of clean latents into the cache, or both of them."""
+        frames = latents.shape[1]
+        for cache, text in zip(self._caches(), (self.text, self.negative), strict=False):
+            if text is None:
+                raise InputError("this schedule guides every chunk; give a negative prompt with set_text")
+            cache.begin(frames, at_once)
+            attention = CachedAttention(cache, self.path, commit=True)
+            with cache.committing():
+                # not needed for itself, but NaN in any layer's keys or values reaches it
+                flow = self.transformer(latents, self._timestep(0.0, frames), text, attention)
+                self._check_finite(flow)
+
+    def _recache(self, keep_sinks: bool, at_once: bool) -> None:
+        """Compute the last window's keys and values anew under the current text."""
+        start = max(0, self.next_frame - self.cache.spec.window)
+        if start and keep_sinks:
+            # the window's first frames are those that the sinks stand in for
+            start += len(self.cache.layout.sinks)
+        self._rebuild(range(start, self.next_frame), keep_sinks and start > 0, at_once)
+
+    def _rebuild(self, frames: range, keep_sinks: bool = False, at_once: bool = True) -> None:
+        """Fill the caches from clean latents of these frames, which end where the rollout stands."""
+        if not frames:
+            return
+        for cache in self._caches():
+            cache.forget(set(cache.layout.resident) - set(cache.layout.sinks if keep_sinks else ()))
+            cache.seek(frames.start)
+        latents = torch.stack([self._context(frame, frames.start) for frame in frames], 1)
+        size = len(frames) if at_once else self.chunk_frames
+        # chunks are counted from the end: the first may be shorter
+        cuts = sorted(range(len(frames) - size, 0, -size))
+        for part in latents.tensor_split(cuts, 1):
+            self._clean_pass(part, at_once)
+
+    def _context(self, frame: int, first: int) -> Tensor:
+        """Clean latents (b, c, h, w) of a frame whose context begins with `first`."""
+        pixels = self.context_frames.get(frame)
+        if frame == first and frame > 0 and pixels is not None and self.context_encoder:
+            return self.context_encoder(pixels).to(self.device, self.dtype)
+        return self.window_latents[frame]
+
+    def _decode(self, latents: Tensor, start: int) -> Tensor | None:
+        if not self.decoder:
+            return None
+        frames = self.decoder.feed(latents)
+        if self.recompute_context and self.context_encoder:
+            for i in range(latents.shape[1]):
+                last = pixel_frames(start + i + 1) - pixel_frames(start) - 1
+                self.context_frames[start + i] = frames[:, last].clone()
+            first = self.next_frame - self.cache.layout.capacity
+            self.context_frames = {f: t for f, t in self.context_frames.items() if f >= first}
+        return frames
 
     def _check_shape(self, latents: Tensor, frames: int) -> None:
         wanted = (len(self.seeds), frames, *self.latent_size)
@@ -375,11 +638,58 @@ class Rollout:
         if not bool(torch.isfinite(x).all()):
             raise NumericsError(f"NaN or Inf in chunk {self.chunk}")
 
-    def _noise(self, step: int, frames: int) -> Tensor:
-        return chunk_noise(self.seeds, self.chunk, step, (frames, *self.latent_size), self.device, self.dtype)
+    def _timestep(self, timestep: float, frames: int) -> Tensor:
+        return torch.full((len(self.seeds), frames), timestep, device=self.device)
 
-    def _timestep(self, sigma: float, frames: int) -> Tensor:
-        return torch.full((len(self.seeds), frames), TRAIN_TIMESTEPS * sigma, device=self.device)
+
+class _Transition:
+    """A prompt on its way to another.
+
+    Args:
+        before: embeddings (b, text tokens, text_dim) it comes from.
+        after: where it goes.
+        chunks: how many chunks it takes; `done` of them lie behind.
+    """
+
+    def __init__(self, before: Tensor, after: TextContext, chunks: int, done: int) -> None:
+        self.before, self.after, self.chunks, self.done = before, after, chunks, done
+
+    def text(self, transformer: CausalWanTransformer3DModel) -> TextContext:
+        """What the next chunk reads."""
+        assert self.after.embeds is not None
+        share = min(1.0, (self.done + 1) / self.chunks)
+        embeds = torch.lerp(self.before.to(self.after.embeds), self.after.embeds, share)
+        return transformer.encode_text(embeds, self.after.mask)
+
+    def advance(self) -> bool:
+        """Another chunk is done; was it the last?"""
+        self.done += 1
+        return self.done >= self.chunks
+
+    def copy(self) -> _Transition:
+        return _Transition(self.before, self.after, self.chunks, self.done)
+
+
+def _hold(x: Tensor, given: Tensor | None) -> Tensor:
+    """x with its first frames as they were given."""
+    return x if given is None else torch.cat([given, x[:, given.shape[1] :]], 1)
+
+
+@contextmanager
+def _naming_shortage(device: torch.device) -> Iterator[None]:
+    """Turn what torch raises when a GPU has run out of memory into an error that lets go of it."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        # not `from error`: its traceback would hold the tensors that memory is short of
+        raise ResourceError(
+            f"{device} has run out of memory in the middle of a chunk ({_first_sentence(error)}); choose a "
+            "smaller window or size, or the cache format int8"
+        ) from None
+
+
+def _first_sentence(error: Exception) -> str:
+    return str(error).split(". ")[0].strip() or type(error).__name__
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from vidkv.errors import OutputError, StateError
 from vidkv.models.wan import CausalWanTransformer3DModel
 from vidkv.rollout import Rollout
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 def save_rollout(rollout: Rollout, path: str | Path, extra: dict[str, Any] | None = None) -> None:

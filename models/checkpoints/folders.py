@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
@@ -13,6 +14,12 @@ from torch import nn
 from vidkv.errors import CheckpointError
 
 Shapes = dict[str, tuple[int, ...]]
+
+
+def models_home() -> Path:
+    """Where converted models lie: `$VIDKV_HOME/models`, by default `~/.cache/vidkv/models`."""
+    home = os.environ.get("VIDKV_HOME")
+    return (Path(home).expanduser() if home else Path.home() / ".cache" / "vidkv") / "models"
 
 
 def read_json(path: Path) -> dict[str, object]:
@@ -61,6 +68,50 @@ def file_shapes(path: Path) -> Shapes:
         ) from None
 
 
+def index_files(path: Path) -> list[Path]:
+    """Files that a `….index.json` names, all beside it.
+
+    Raises:
+        CheckpointError: it is damaged or names files elsewhere.
+    """
+    table = read_json(path).get("weight_map")
+    if not isinstance(table, dict) or not table:
+        raise CheckpointError(f"{path} has no weight_map; download it again")
+    names = sorted({str(name) for name in table.values()})
+    outside = next((name for name in names if PurePosixPath(name).name != name), None)
+    if outside:
+        raise CheckpointError(f"{path} names {outside!r:.80}, which is not beside it; download it again")
+    return [path.with_name(name) for name in names]
+
+
+def stored_files(folder: Path, build: type[nn.Module]) -> list[Path]:
+    """The safetensors files of a model folder: one, or the shards that an index names.
+
+    Args:
+        build: a model class of diffusers or transformers, which name their files differently.
+    """
+    stem = "diffusion_pytorch_model" if hasattr(build, "from_config") else "model"
+    index = folder / f"{stem}.safetensors.index.json"
+    whole = folder / f"{stem}.safetensors"
+    return index_files(index) if index.exists() and not whole.exists() else [whole]
+
+
+def stored_shapes(files: list[Path]) -> Shapes:
+    """Names and shapes in all files together.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or two hold one name.
+    """
+    found: Shapes = {}
+    for path in files:
+        shapes = file_shapes(path)
+        twice = sorted(set(found) & set(shapes))
+        if twice:
+            raise CheckpointError(f"{path} holds {twice[0]}, as another shard does; re-download the model")
+        found |= shapes
+    return found
+
+
 def model_shapes(build: type[nn.Module], config: Mapping[str, object]) -> Shapes:
     """Names and shapes that a model of this configuration has; no memory is allocated.
 
@@ -83,9 +134,9 @@ def verify(folder: Path, build: type[nn.Module]) -> None:
     """
     config = read_json(folder / "config.json")
     tied = getattr(build, "_tied_weights_keys", None) or ()
-    path = folder / ("diffusion_pytorch_model" if hasattr(build, "from_config") else "model")
-    path = path.with_suffix(".safetensors")
-    found = file_shapes(path)
+    files = stored_files(folder, build)
+    found = stored_shapes(files)
+    path = files[0] if len(files) == 1 else folder
     try:
         wanted = model_shapes(build, config)
     # whatever a model class trips over when its settings make no sense

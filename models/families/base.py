@@ -15,6 +15,7 @@ class Source:
         repository: on the Hugging Face hub.
         files: the transformer's weights there, in order; a folder ends in a slash.
         lora: a LoRA file of the same repository that is merged into them.
+        ema: whether the authors run the averaged weights where a file has both.
         base: repository of the text encoder, tokenizer and VAE.
         licence: of the weights as its authors state it; `unstated` where they do not.
         code_licence: of the authors' inference code, which vidkv neither contains nor needs.
@@ -26,6 +27,7 @@ class Source:
     licence: str
     code_licence: str
     lora: str | None = None
+    ema: bool = True
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from vidkv.models.families.base import FEW_STEPS, ModelEntry, Source
 from vidkv.models.families.wan21 import BASE, TRANSFORMER_1_3B, wan21
 
 
-def _entry(name: str, file: str, chunk_frames: int, **schedule: Any) -> ModelEntry:
+def _entry(name: str, file: str, chunk_frames: int, ema: bool = True, **schedule: Any) -> ModelEntry:
     return wan21(
         name,
         TRANSFORMER_1_3B,
@@ -23,13 +23,14 @@ def _entry(name: str, file: str, chunk_frames: int, **schedule: Any) -> ModelEnt
             base=BASE,
             licence="Apache-2.0",
             code_licence="Apache-2.0",
+            ema=ema,
         ),
     )
 
 
 FIRST = FEW_STEPS["steps"]
 MODELS = (
-    _entry("causal-forcing-1.3b", "chunkwise/causal_forcing.pt", 3),
+    _entry("causal-forcing-1.3b", "chunkwise/causal_forcing.pt", 3, ema=False),
     _entry("causal-forcing-1.3b-framewise", "framewise/causal_forcing.pt", 1),
     _entry(
         "causal-forcing-1.3b-2step",

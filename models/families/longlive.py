@@ -19,6 +19,7 @@ MODELS = (
             base=BASE,
             licence="unstated",
             code_licence="Apache-2.0",
+            ema=False,
         ),
     ),
 )

@@ -41,7 +41,7 @@ def wan21(name: str, transformer: dict[str, int], **changes: Any) -> ModelEntry:
     return ModelEntry(name=name, transformer=transformer, **(settings | changes))
 
 
-def _base(name: str, transformer: dict[str, int], repository: str) -> ModelEntry:
+def _base(name: str, transformer: dict[str, int], repository: str, files: tuple[str, ...]) -> ModelEntry:
     return wan21(
         name,
         transformer,
@@ -49,7 +49,7 @@ def _base(name: str, transformer: dict[str, int], repository: str) -> ModelEntry
         negative_prompt=NEGATIVE_PROMPT,
         source=Source(
             repository,
-            files=("diffusion_pytorch_model.safetensors",),
+            files=files,
             base=repository,
             licence="Apache-2.0",
             code_licence="Apache-2.0",
@@ -57,6 +57,11 @@ def _base(name: str, transformer: dict[str, int], repository: str) -> ModelEntry
     )
 
 
-WAN_21_1_3B = _base("wan2.1-1.3b", TRANSFORMER_1_3B, BASE)
-WAN_21_14B = _base("wan2.1-14b", TRANSFORMER_14B, "Wan-AI/Wan2.1-T2V-14B")
+WAN_21_1_3B = _base("wan2.1-1.3b", TRANSFORMER_1_3B, BASE, ("diffusion_pytorch_model.safetensors",))
+WAN_21_14B = _base(
+    "wan2.1-14b",
+    TRANSFORMER_14B,
+    "Wan-AI/Wan2.1-T2V-14B",
+    tuple(f"diffusion_pytorch_model-{i:05}-of-00006.safetensors" for i in range(1, 7)),
+)
 MODELS = (WAN_21_1_3B, WAN_21_14B)

@@ -525,7 +525,7 @@ class TestIntegrity:
             cache.table[2] = Page("pages", cache.pools["pages"].slots)
             cache.pools["pages"].references.append(1)
 
-        assert "7 resident frames, capacity 6" in self.corrupted(change)
+        assert "7 resident frames, but there is room for 6" in self.corrupted(change)
 
     def test_two_frames_in_one_slot(self) -> None:
         def change(cache: KVCache) -> None:
@@ -571,7 +571,7 @@ class TestIntegrity:
             cache.pools[page.pool].release(page.slot)
             cache.layout.resident = tuple(f for f in cache.layout.resident if f != 1)
 
-        assert "sink frames [1] are gone" in self.corrupted(change)
+        assert "the sinks are [0, 1], the first resident frames [0, 8]" in self.corrupted(change)
 
     def test_a_frame_in_the_wrong_format(self) -> None:
         """A sink that is to be kept in 16 bits lies among the INT8 pages."""

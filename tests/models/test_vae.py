@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +13,9 @@ from einops import rearrange
 from torch import Tensor
 
 from tests.tiny import CHANNELS, build_vae, noise, relative_l2
-from vidkv.errors import StateError
+from vidkv.errors import InputError, StateError
 from vidkv.models.vae import (
+    Statistics,
     StreamingDecoder,
     decode_clip,
     denormalise,
@@ -79,6 +81,16 @@ class TestDecode:
             before += n
         assert [part.shape[2] for part in parts] == expected
 
+    @pytest.mark.parametrize("kind", ["bounce", "residual, Wan 2.2"])
+    def test_bit_for_bit_what_diffusers_decodes(self, kind: str) -> None:
+        """Both take the frames one by one; widths and a grid that are no powers of two."""
+        vae = build_vae(**(VAES | RESIDUAL)[kind], base_dim=6, z_dim=CHANNELS)
+        latents = noise(1, 6, CHANNELS, 5, 7)
+        decoder = StreamingDecoder(vae)
+        with torch.no_grad():
+            found = torch.cat([decoder.pixels(part) for part in latents.split([1, 2, 3], 1)], 2)
+        assert torch.equal(found.clamp(-1, 1), stock_decode(vae, latents))
+
     def test_streaming_does_not_depend_on_chunks(self, vae: AutoencoderKLWan) -> None:
         """Bit for bit: frames pass the decoder one by one either way."""
         latents = latents_for(6)
@@ -123,6 +135,69 @@ class TestDecode:
         exact = StreamingDecoder(vae).feed(latents_for(3)).int()
         half = StreamingDecoder(build_vae().bfloat16()).feed(latents_for(3)).int()
         assert 0 < float((exact - half).abs().float().mean()) < 8
+
+
+class TestFeed:
+    def test_never_looks_at_a_value(self, vae: AutoencoderKLWan) -> None:
+        """Tensors without data pass: nothing is copied to the host, nothing branches on a number."""
+        vae = vae.to("meta")
+        decoder = StreamingDecoder(vae)
+        for frames in (1, 3):
+            out = decoder.feed(latents_for(frames).to("meta"))
+            assert out.is_meta and out.dtype == torch.uint8
+
+    def test_statistics_are_allocated_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """One allocation a call would copy from the host each time."""
+        decoder = StreamingDecoder(build_vae())
+        first = decoder.feed(latents_for(1))
+        monkeypatch.setattr(torch, "tensor", None)
+        decoder.feed(latents_for(3))
+        decoder.reset()
+        assert torch.equal(decoder.feed(latents_for(1)), first)
+
+    def test_statistics_follow_precision(self) -> None:
+        """A second precision gets its own, and the first keeps its."""
+        statistics = Statistics([0.1], [1 / 3])
+        exact = statistics.denormalise(torch.ones(1, 1, 1))
+        assert statistics.denormalise(torch.ones(1, 1, 1, dtype=torch.bfloat16)).dtype == torch.bfloat16
+        assert torch.equal(statistics.denormalise(torch.ones(1, 1, 1)), exact)
+        assert float(exact) == pytest.approx(0.1 + 1 / 3)
+
+    def test_without_statistics_latents_stay(self) -> None:
+        x = noise(2, 3)
+        assert torch.equal(Statistics(None, None).denormalise(x), x)
+        assert torch.equal(Statistics(None, None).normalise(x), x)
+        with pytest.raises(InputError, match="both latents_mean and latents_std"):
+            Statistics([0.0], None)
+
+    @pytest.mark.parametrize(
+        ("shape", "words"),
+        [
+            ((1, 0, CHANNELS, 2, 3), "latents are (1, 0, 4, 2, 3)"),
+            ((1, 2, CHANNELS + 1, 2, 3), "takes (batch, frames, 4, height, width)"),
+            ((2, CHANNELS, 2, 3), "latents are (2, 4, 2, 3)"),
+            ((1, 1, CHANNELS, 2, 3), "(1, 2, 3) follow (2, 2, 3)"),
+            ((2, 1, CHANNELS, 3, 2), "(2, 3, 2) follow (2, 2, 3)"),
+        ],
+        ids=str,
+    )
+    def test_wrong_latents_change_nothing(self, shape: tuple[int, ...], words: str) -> None:
+        latents = latents_for(3)
+        decoder, undisturbed = StreamingDecoder(build_vae()), StreamingDecoder(build_vae())
+        decoder.feed(latents[:, :1])
+        undisturbed.feed(latents[:, :1])
+        with pytest.raises(InputError, match=re.escape(words)):
+            decoder.feed(torch.zeros(shape))
+        assert torch.equal(decoder.feed(latents[:, 1:]), undisturbed.feed(latents[:, 1:]))
+
+    def test_the_grid_is_part_of_the_state(self) -> None:
+        decoder, other = StreamingDecoder(build_vae()), StreamingDecoder(build_vae())
+        decoder.feed(latents_for(2))
+        other.restore(decoder.state())
+        with pytest.raises(InputError, match="follow"):
+            other.feed(latents_for(1, batch=1))
+        other.reset()
+        assert other.feed(latents_for(1, batch=1)).shape[0] == 1
 
 
 class TestStreamState:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -17,7 +17,7 @@ from vidkv.cache.formats import FORMATS
 from vidkv.cache.formats.base import PageFormat
 from vidkv.cache.layout import Layout, OpenChunk
 from vidkv.cache.pool import PagePool
-from vidkv.cache.saved import check_tensor, entry
+from vidkv.cache.saved import check_tensor, entry, whole_numbers
 from vidkv.cache.spec import CacheGeometry, CacheSpec
 from vidkv.errors import CacheSpecError, CacheStateError, StateError
 from vidkv.kernels.paged_attention import PageRun
@@ -164,10 +164,14 @@ class KVCache:
         """Bytes of one committed latent frame over all layers, in the format of the spec."""
         return self.plan["pages"][0].bytes_per_page() * self.geometry.layers
 
-    def begin(self, frames: int) -> OpenChunk:
-        """Open the next chunk; from here on what it reads is fixed."""
+    def begin(self, frames: int, at_once: bool = False) -> OpenChunk:
+        """Open the next chunk; from here on what it reads is fixed.
+
+        Args:
+            at_once: it may be longer than a chunk, to build the cache anew from clean latents.
+        """
         self._expect(State.IDLE)
-        self.opened = self.layout.begin(frames)
+        self.opened = self.layout.begin(frames, at_once)
         self.segments, self.history = self._read_plan(self.opened)
         self.state = State.OPEN
         return self.opened
@@ -178,6 +182,19 @@ class KVCache:
         self.layout.abandon()
         self.state = State.IDLE
         self._forget_chunk()
+
+    def forget(self, frames: Collection[int]) -> None:
+        """Drop the pages of these latent frames, between two chunks; sinks among them are sinks no longer."""
+        self._expect(State.IDLE)
+        for frame in set(frames) & set(self.table):
+            page = self.table.pop(frame)
+            self.pools[page.pool].release(page.slot)
+        self.layout.forget(frames)
+
+    def seek(self, frame: int) -> None:
+        """Let the next chunk begin at this latent frame, which lies behind all that are resident."""
+        self._expect(State.IDLE)
+        self.layout.seek(frame)
 
     @contextmanager
     def committing(self) -> Iterator[None]:
@@ -296,6 +313,7 @@ class KVCache:
         header = {
             "spec": self.spec.model_dump(),
             "resident": [[frame, self.table[frame].pool] for frame in self.layout.resident],
+            "sinks": list(self.layout.sinks),
             "next_frame": self.layout.next_frame,
             "mean_frozen": self._mean_frozen,
         }
@@ -325,6 +343,7 @@ class KVCache:
         self._mean_frozen = header["mean_frozen"]
         self.layout = Layout(self.spec, self.geometry.chunk_frames)
         self.layout.resident = tuple(frame for frame, _ in header["resident"])
+        self.layout.sinks = tuple(header["sinks"])
         self.layout.next_frame = header["next_frame"]
         self.state = State.IDLE
         self._forget_chunk()
@@ -350,14 +369,15 @@ class KVCache:
             raise StateError(
                 f"the saved resident frames are {header['resident']!r:.60}, not pairs of a frame and a pool"
             )
+        sinks = whole_numbers(header, "sinks")
         pools = [name for _, name in resident]
         unknown = set(pools) - set(self.pools)
         if unknown:
             raise StateError(f"the saved pages are in {sorted(unknown)}, this cache has {sorted(self.pools)}")
-        for fault in self._faults(resident, next_frame):
+        for fault in self._faults(resident, sinks, next_frame):
             raise StateError(f"the saved pages contradict each other: {fault}")
-        if frozen is not (next_frame > 0):
-            raise StateError(f"the saved mean_frozen is {frozen} after {next_frame} latent frames")
+        if frozen < bool(resident):
+            raise StateError(f"the saved mean_frozen is {frozen}, but frames {resident!s:.60} are resident")
         for name, pool in self.pools.items():
             for key, buffer in pool.storage.items():
                 shape = (buffer.shape[0], pools.count(name), *buffer.shape[2:])
@@ -374,7 +394,7 @@ class KVCache:
         if set(self.table) != set(self.layout.resident):
             raise CacheStateError(f"pages {sorted(self.table)} but resident frames {self.layout.resident}")
         resident = [(frame, self.table[frame].pool) for frame in self.layout.resident]
-        for fault in self._faults(resident, self.layout.next_frame):
+        for fault in self._faults(resident, self.layout.sinks, self.layout.next_frame):
             raise CacheStateError(fault)
         if len({(p.pool, p.slot) for p in self.table.values()}) != len(self.table):
             raise CacheStateError("two frames lie in one slot")
@@ -391,24 +411,23 @@ class KVCache:
             if place.references[page.slot] < 1:
                 raise CacheStateError(f"frame {frame} lies in slot {page.slot}, which is free")
 
-    def _faults(self, resident: Sequence[tuple[int, str]], next_frame: int) -> Iterator[str]:
-        """What is wrong with these (frame, pool) after `next_frame` latent frames."""
+    def _faults(
+        self, resident: Sequence[tuple[int, str]], sinks: Sequence[int], next_frame: int
+    ) -> Iterator[str]:
+        """What is wrong with these (frame, pool) and sinks after `next_frame` latent frames."""
         frames = [frame for frame, _ in resident]
-        wanted = min(self.layout.capacity, next_frame)
-        sinks = set(range(min(self.spec.sink, next_frame)))
         if frames != sorted(set(frames)):
             yield f"resident frames are out of order: {frames}"
         elif frames and (frames[0] < 0 or frames[-1] >= next_frame):
             yield f"frames {frames} are resident, but the next one is {next_frame}"
-        elif self.spec.policy == "sink_window" and not sinks <= set(frames):
-            yield f"sink frames {sorted(sinks - set(frames))} are gone"
-        elif len(frames) != wanted:
-            yield (
-                f"{len(frames)} resident frames, capacity {self.layout.capacity}: after {next_frame} latent "
-                f"frames there must be {wanted}"
-            )
+        elif list(sinks) != frames[: len(sinks)]:
+            yield f"the sinks are {list(sinks)}, the first resident frames {frames[: len(sinks)]}"
+        elif len(sinks) != min(self.spec.sink, len(frames)):
+            yield f"{len(sinks)} sinks among {len(frames)} frames, and sink={self.spec.sink}"
+        elif len(frames) > self.layout.capacity:
+            yield f"{len(frames)} resident frames, but there is room for {self.layout.capacity}"
         for frame, name in resident:
-            if name != self._pool_of(frame, next_frame):
+            if name != self._pool_of(frame, sinks, next_frame):
                 yield f"frame {frame} lies among the {name} pages"
 
     def _expect(self, state: State) -> None:
@@ -440,11 +459,11 @@ class KVCache:
         slots, offsets = ([p.slot for _, p, _ in placed], [offset for _, _, offset in placed])
         return Run(pool, *(torch.tensor(x, device=self.device) for x in (slots, offsets)))
 
-    def _pool_of(self, frame: int, end: int) -> str:
+    def _pool_of(self, frame: int, sinks: Collection[int], end: int) -> str:
         """Where a frame belongs when `end` latent frames are committed."""
         if "full" not in self.pools:
             return "pages"
-        sink = self.spec.keep_sinks and frame < self.spec.sink
+        sink = self.spec.keep_sinks and frame in sinks
         newest = self.spec.keep_newest and frame >= end - self.geometry.chunk_frames
         return "full" if sink or newest else "pages"
 
@@ -452,13 +471,13 @@ class KVCache:
         """Reassign slots on the host: leaving pages, demotions and the new chunk."""
         assert self.opened is not None
         start, end = self.opened.start, self.opened.start + self.opened.frames
-        kept = self.layout.after_commit()
+        kept, sinks = self.layout.after_commit()
         for frame in [f for f in self.table if f not in kept]:
             page = self.table.pop(frame)
             self.pools[page.pool].release(page.slot)
         demoted: tuple[list[int], list[int]] = ([], [])
         for frame, page in list(self.table.items()):
-            if page.pool == "full" and self._pool_of(frame, end) == "pages":
+            if page.pool == "full" and self._pool_of(frame, sinks, end) == "pages":
                 target = Page("pages", self.pools["pages"].acquire())
                 demoted[0].append(page.slot)
                 demoted[1].append(target.slot)
@@ -466,7 +485,7 @@ class KVCache:
                 self.table[frame] = target
         writes: dict[str, tuple[list[int], list[int]]] = {}
         for frame in (f for f in kept if f >= start):
-            name = self._pool_of(frame, end)
+            name = self._pool_of(frame, sinks, end)
             page = Page(name, self.pools[name].acquire())
             self.table[frame] = page
             indices, slots = writes.setdefault(page.pool, ([], []))

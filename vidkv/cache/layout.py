@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from vidkv.cache.policies import POLICIES
@@ -32,7 +33,8 @@ class Layout:
 
     `begin` opens a chunk without changing anything; `abandon` forgets it; `commit` makes its frames
     resident and lets the policy choose who leaves, so that between chunks at most
-    `spec.capacity(chunk_frames)` frames are resident.
+    `spec.capacity(chunk_frames)` frames are resident. The first frames committed while there are fewer than
+    `spec.sink` sinks become sinks.
     """
 
     def __init__(self, spec: CacheSpec, chunk_frames: int) -> None:
@@ -40,17 +42,21 @@ class Layout:
         self.capacity = spec.capacity(chunk_frames)
         self.policy = POLICIES[spec.policy]()
         self.resident: tuple[int, ...] = ()
+        self.sinks: tuple[int, ...] = ()
         self.next_frame = 0
         self.opened: OpenChunk | None = None
 
-    def begin(self, frames: int) -> OpenChunk:
-        """Open the next chunk of `frames` latent frames, at most `chunk_frames`."""
+    def begin(self, frames: int, at_once: bool = False) -> OpenChunk:
+        """Open the next chunk of `frames` latent frames.
+
+        Args:
+            at_once: more than `chunk_frames` may be given, to build the cache anew from clean latents.
+        """
         if self.opened is not None:
             raise CacheStateError(f"chunk at latent frame {self.opened.start} is still open")
-        if not 1 <= frames <= self.chunk_frames:
-            raise CacheStateError(
-                f"a chunk of {frames} latent frames; this cache takes 1 to {self.chunk_frames}"
-            )
+        most = max(self.chunk_frames, self.spec.window) if at_once else self.chunk_frames
+        if not 1 <= frames <= most:
+            raise CacheStateError(f"a chunk of {frames} latent frames; this cache takes 1 to {most}")
         if self.spec.positions == "relative":
             positions, first = tuple(range(len(self.resident))), len(self.resident)
         else:
@@ -62,23 +68,36 @@ class Layout:
         """Forget the open chunk; nothing has changed."""
         self.opened = None
 
-    def after_commit(self) -> tuple[int, ...]:
-        """Frames that will be resident once the open chunk is committed, oldest first."""
+    def after_commit(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Frames that will be resident once the open chunk is committed, oldest first, and the sinks."""
         if self.opened is None:
             raise CacheStateError("no chunk is open")
-        candidates = self.resident + tuple(range(self.opened.start, self.opened.start + self.opened.frames))
-        leaving = self.policy.evict(candidates, self.capacity, self.spec.sink)
-        return tuple(frame for frame in candidates if frame not in leaving)
+        new = tuple(range(self.opened.start, self.opened.start + self.opened.frames))
+        candidates = self.resident + new
+        sinks = self.sinks + new[: max(0, self.spec.sink - len(self.sinks))]
+        leaving = self.policy.evict(candidates, self.capacity, sinks)
+        return tuple(frame for frame in candidates if frame not in leaving), sinks
 
     def commit(self) -> None:
         """Make the open chunk resident."""
-        kept = self.after_commit()
+        kept, sinks = self.after_commit()
         assert self.opened is not None
         self.next_frame = self.opened.start + self.opened.frames
-        self.resident, self.opened = kept, None
+        self.resident, self.sinks, self.opened = kept, sinks, None
+
+    def forget(self, frames: Collection[int]) -> None:
+        """These are resident no longer, sinks among them neither."""
+        self.resident = tuple(frame for frame in self.resident if frame not in frames)
+        self.sinks = tuple(frame for frame in self.sinks if frame not in frames)
+
+    def seek(self, frame: int) -> None:
+        """The next chunk begins at this latent frame, which lies behind all that are resident."""
+        if self.resident and frame <= self.resident[-1]:
+            raise CacheStateError(f"frame {frame} does not lie behind {self.resident}")
+        self.next_frame = frame
 
     def copy(self) -> Layout:
         """An independent layout in the same state."""
         other = Layout(self.spec, self.chunk_frames)
-        other.resident, other.next_frame = self.resident, self.next_frame
+        other.resident, other.sinks, other.next_frame = self.resident, self.sinks, self.next_frame
         return other
