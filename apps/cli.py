@@ -1,4 +1,4 @@
-"""The command line: `vidkv generate | estimate | convert | doctor | bench | eval | train`.
+"""The command line: `vidkv generate | estimate | models | convert | doctor | bench | eval | train`.
 
 Results go to stdout (one JSON object with `--json`), progress and messages to stderr. Exit codes: 0 done,
 1 a check failed, 2 a value or file that cannot be used, 130 and 143 stopped by Ctrl-C and SIGTERM.
@@ -6,6 +6,7 @@ Results go to stdout (one JSON object with `--json`), progress and messages to s
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -14,11 +15,11 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from vidkv.errors import PromptError, VidkvError
+from vidkv.errors import InputError, PromptError, VidkvError
 
 if TYPE_CHECKING:
     from vidkv.rollout import Chunk
@@ -48,6 +49,13 @@ Cache = Annotated[str | None, typer.Option(help="Further cache settings, e.g. 'i
 Height = Annotated[int | None, typer.Option(help="Pixels; the model's own by default.")]
 Width = Annotated[int | None, typer.Option(help="Pixels; the model's own by default.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Weights = Annotated[str, typer.Option(help="Storage of the networks' linear layers: full, fp8 or int8.")]
+TextWeights = Annotated[
+    str | None, typer.Option(help="The same for the text encoder, by default as --weights.")
+]
+Offload = Annotated[
+    str, typer.Option(help="What leaves the GPU when it is not needed: none, text, model or group.")
+]
 
 
 @app.command()
@@ -68,6 +76,29 @@ def generate(
     height: Height = None,
     width: Width = None,
     device: Device = "auto",
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale, 1 for none.")] = None,
+    negative: Annotated[str | None, typer.Option(help="What guidance leads away from.")] = None,
+    image: Annotated[Path | None, typer.Option(help="A picture to start from.")] = None,
+    video: Annotated[Path | None, typer.Option(help="A video to go on from.")] = None,
+    switch: Annotated[
+        str | None, typer.Option(help="At a new prompt: keep, recache, flush or lerp; else the model's own.")
+    ] = None,
+    noise: Annotated[str, typer.Option(help="counter, or stock for the stock code's draws.")] = "counter",
+    weights: Weights = "full",
+    text_weights: TextWeights = None,
+    offload: Offload = "text",
+    lora: Annotated[
+        list[str] | None, typer.Option(help="FILE or FILE:SCALE, safetensors; repeatable.")
+    ] = None,
+    vae: Annotated[
+        Path | None, typer.Option(help="Another decoder, such as TAEHV or LightVAE: safetensors.")
+    ] = None,
+    tile: Annotated[
+        str | None, typer.Option(help="ROWSxCOLUMNS of latents decoded at a time, for small cards.")
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Fuse what stands around attention; seconds at the start.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Turn a sentence into a video.
@@ -79,7 +110,8 @@ def generate(
     prompts = ((0.0, prompt), *(_timed_prompt(text) for text in prompt_at or ()))
     request = generating.Request(
         prompts, out, seconds, seed, model, _cache_changes(cache, kv_format, window, sink), height, width,
-        steps, device,
+        steps, device, guidance, negative, image, video, cast(Any, switch), noise, weights, text_weights,
+        offload, tuple(_scaled(text) for text in lora or ()), vae, _tile(tile), compiled,
     )  # fmt: skip
     with ProgressLine() as line:
         try:
@@ -101,13 +133,9 @@ def estimate(
     sink: Sink = None,
     cache: Cache = None,
     batch: Annotated[int, typer.Option(min=1, help="Videos at once.")] = 1,
-    weights: Annotated[str, typer.Option(help="full, fp8 or int8.")] = "full",
-    text_weights: Annotated[
-        str | None, typer.Option(help="The same for the text encoder, by default as --weights.")
-    ] = None,
-    offload: Annotated[
-        str, typer.Option(help="What leaves the GPU when it is not needed: none, text, model or group.")
-    ] = "text",
+    weights: Weights = "full",
+    text_weights: TextWeights = None,
+    offload: Offload = "text",
     card: Annotated[
         list[float] | None, typer.Option(help="Does it fit a card of so many GB? Repeatable.")
     ] = None,
@@ -165,6 +193,20 @@ def convert(
     request = converting.Request(tuple(files or ()), model, base, lora, out, dtype, ema, layout, force)
     result = converting.convert(request, _say)
     _emit(result, as_json, converting.summary(result))
+
+
+@app.command()
+def models(as_json: Json = False) -> None:
+    """List the known models, which of them are here, and where the others come from."""
+    from rich.console import Console
+
+    from vidkv.apps.models_table import models_report, render
+
+    report = models_report()
+    if as_json:
+        _emit({"models": report}, True, "")
+    else:
+        Console(width=None if sys.stdout.isatty() else 150).print(render(report), highlight=False)
 
 
 @app.command()
@@ -392,6 +434,24 @@ def _timed_prompt(text: str) -> tuple[float, str]:
         ) from None
 
 
+def _scaled(text: str) -> tuple[Path, float]:
+    """FILE or FILE:SCALE."""
+    file, colon, scale = text.rpartition(":")
+    with contextlib.suppress(ValueError):
+        if colon:
+            return Path(file), float(scale)
+    return Path(text), 1.0
+
+
+def _tile(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    rows, _, columns = text.lower().partition("x")
+    if not (rows.isdigit() and columns.isdigit()):
+        raise InputError(f"--tile {text[:60]!r} is not ROWSxCOLUMNS, such as 32x32")
+    return int(rows), int(columns)
+
+
 def _cache_changes(
     cache: str | None, kv_format: str | None, window: int | None, sink: int | None
 ) -> dict[str, Any]:
@@ -440,7 +500,8 @@ def _prepare() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     # beside other work, threads that spin at OpenMP's barriers cost most of the speed
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    logging.getLogger().setLevel(logging.ERROR)
+    # some, such as torchao, set levels of their own when they are imported
+    logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
 
 

@@ -11,28 +11,32 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast, get_args
 
 import torch
 
 import vidkv
 from vidkv.cache import CacheSpec
+from vidkv.conditioning import read_picture, read_video_end
 from vidkv.errors import (
     Cancelled,
-    CheckpointError,
     InputError,
     OutputError,
     PromptError,
     ResourceError,
     VidkvError,
 )
-from vidkv.memory import pixel_size, plan_memory
+from vidkv.loading import find_model, model_entry
+from vidkv.memory import OFFLOADS, check_fits, pixel_size, plan_memory, usable_bytes
 from vidkv.models.checkpoints.folders import read_json, require_tokenizer
 from vidkv.models.families.base import ModelEntry
-from vidkv.models.registry import MODELS, canonical_prompt
+from vidkv.models.registry import canonical_prompt
 from vidkv.models.vae import pixel_frames
-from vidkv.pipeline import CausalVideoPipeline, chunks_for, find_model, frames_for
+from vidkv.models.vae_tiles import Tiling
+from vidkv.models.weights import check_library, check_precision
+from vidkv.pipeline import CausalVideoPipeline, chunks_for, frames_for, latents_before
 from vidkv.prompts import PromptSchedule
+from vidkv.rollout import Switch
 from vidkv.schedule import FlowSchedule
 from vidkv.segments import (
     SegmentWriter,
@@ -60,6 +64,15 @@ class Request:
         cache: settings that differ from the model's defaults, by `CacheSpec` name.
         height, width: pixels; None for the model's own size.
         device: `cpu`, `cuda`, or `auto`.
+        guidance, negative: classifier-free guidance scale, and what it leads away from.
+        image, video: files to start from.
+        switch: what becomes of the history when the prompt changes, see `Rollout.switch`.
+        noise: `counter`, or `stock` for the stock code's draws.
+        weights, text_weights: `full`, `fp8` or `int8`.
+        offload: what leaves the GPU when it is not needed: none, text, model or group.
+        loras: (file, scale) to load, in order.
+        vae: a file with another decoder; `tile`: rows and columns of latents that are decoded at a time.
+        compiled: let torch.compile fuse what stands around attention.
     """
 
     prompts: tuple[tuple[float, str], ...]
@@ -72,6 +85,19 @@ class Request:
     width: int | None = None
     steps: int | None = None
     device: str = "auto"
+    guidance: float | None = None
+    negative: str | None = None
+    image: Path | None = None
+    video: Path | None = None
+    switch: Switch | None = None
+    noise: str = "counter"
+    weights: str = "full"
+    text_weights: str | None = None
+    offload: str = "text"
+    loras: tuple[tuple[Path, float], ...] = ()
+    vae: Path | None = None
+    tile: tuple[int, int] | None = None
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,7 +120,8 @@ class Plan:
 
     @property
     def chunks(self) -> int:
-        return chunks_for(self.frames, self.entry.chunk_frames)
+        first = 1 if self.request.image and not self.entry.image_held else self.entry.first_chunk_frames
+        return chunks_for(self.frames, self.entry.chunk_frames, first=first)
 
 
 class Reporter(Protocol):
@@ -112,14 +139,10 @@ def plan(request: Request) -> Plan:
     check_output(request.out)
     if not 0 <= request.seed < 2**64:
         raise InputError(f"seed={request.seed} must lie between 0 and 2**64 - 1")
+    _check_choices(request)
     folder = find_model(request.model)
     config = read_json(folder / "model_index.json")
-    name = str(config.get("model", "bounce"))
-    if name not in MODELS:
-        raise CheckpointError(
-            f"{folder / 'model_index.json'} names the model {name!r:.60}; known are {', '.join(MODELS)}"
-        )
-    entry = MODELS[name]
+    entry = model_entry(folder)
     require_tokenizer(folder / "tokenizer")
     grammar = config.get("prompt_grammar")
     schedule = PromptSchedule.of(request.prompts, canonical_prompt(str(grammar) if grammar else None))
@@ -130,20 +153,45 @@ def plan(request: Request) -> Plan:
         FlowSchedule().with_steps(request.steps)
     spec = cache_spec(entry, request.cache, device)
     size = pixel_size(entry, request.height, request.width)
-    need_bytes = plan_memory(entry, spec, *size, dtype=compute_dtype(device)).peak_bytes
-    free_bytes = available_bytes(device)
-    if free_bytes is not None and need_bytes > free_bytes:
-        raise ResourceError(
-            f"the video needs {_mb(need_bytes)} of memory (window={spec.window}, format={spec.format}, "
-            f"{size[1]}x{size[0]}), {device} has {_mb(free_bytes)} free; {_LESS_MEMORY}"
-        )
-    return Plan(request, entry, folder, schedule, spec, device, frames, need_bytes)
+    if device == "cpu" and request.offload in ("model", "group"):
+        raise InputError(f"offload={request.offload} moves networks off a GPU, and this runs on the CPU")
+    memory = plan_memory(
+        entry, spec, *size, dtype=compute_dtype(device), weights=check_precision(request.weights),
+        text_weights=check_precision(request.text_weights or request.weights),
+        placement=OFFLOADS[request.offload], guidance=request.guidance, overlap=device == "cuda",
+    )  # fmt: skip
+    allowed = {"kv-format", "window", "size", "weights"} | ({"offload"} if device == "cuda" else set())
+    check_fits(memory, usable_bytes(device), device, allowed)
+    return Plan(request, entry, folder, schedule, spec, device, frames, memory.peak_bytes)
+
+
+def _check_choices(request: Request) -> None:
+    """Refuse what does not depend on the model."""
+    chosen = (
+        ("switch", request.switch or "keep", get_args(Switch)),
+        ("noise", request.noise, ("counter", "stock")),
+        ("offload", request.offload, tuple(OFFLOADS)),
+    )
+    for name, value, known in chosen:
+        if value not in known:
+            raise InputError(f"{name}={value!r:.60}; choose {', '.join(known)}")
+    check_library(check_precision(request.weights))
+    check_library(check_precision(request.text_weights or request.weights))
+    if request.image and request.video:
+        raise InputError("give either --image or --video, not both")
+    for path in (request.image, request.video, request.vae, *(path for path, _ in request.loras)):
+        if path is not None and not path.exists():
+            raise InputError(f"there is no file {path}")
+    if request.tile:
+        Tiling(*request.tile)
 
 
 def _check_switches(schedule: PromptSchedule, entry: ModelEntry, frames: int) -> None:
     """Refuse a prompt after the beginning of the last chunk: it would never be shown."""
     second = schedule.entries[-1][0]
-    before = (chunks_for(frames, entry.chunk_frames) - 1) * entry.chunk_frames
+    first = entry.first_chunk_frames
+    chunks = chunks_for(frames, entry.chunk_frames, first=first)
+    before = latents_before(chunks - 1, entry.chunk_frames, first)
     last = pixel_frames(before) / entry.fps
     if second > last:
         raise PromptError(
@@ -166,17 +214,6 @@ def check_device(name: str) -> None:
 def compute_dtype(device: str) -> torch.dtype:
     """What networks compute in on a device."""
     return torch.float32 if device == "cpu" else torch.bfloat16
-
-
-def available_bytes(device: str) -> int | None:
-    """Memory that can be had without swapping; None where the system does not say."""
-    if device == "cuda":
-        return int(torch.cuda.mem_get_info()[0])
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return None
 
 
 def pick_device(name: str) -> str:
@@ -232,9 +269,8 @@ def generate(plan: Plan, report: Reporter, started: float) -> dict[str, Any]:
     folder = segments_folder(request.out)
     with claim_folder(folder):
         with _naming_shortage(plan):
-            dtype = compute_dtype(plan.device)
-            pipe = CausalVideoPipeline.from_pretrained(plan.folder, dtype=dtype).to(plan.device)
-        pipe.set_progress_bar_config(disable=True)
+            pipe = load_pipeline(plan)
+            start = _start(request, plan.spec.window)
         rescue_segments(folder, request.out)
         writer = SegmentWriter(folder, entry.fps, height, width)
         tally = _Tally(plan, started)
@@ -244,9 +280,12 @@ def generate(plan: Plan, report: Reporter, started: float) -> dict[str, Any]:
                     stream = pipe.stream(
                         list(plan.schedule.entries), height, width, num_frames=plan.frames,
                         seed=request.seed, num_inference_steps=request.steps, cache=plan.spec,
-                        on_step=stopped.check,
+                        on_step=stopped.check, guidance_scale=request.guidance,
+                        negative_prompt=request.negative, prompt_switch=request.switch,
+                        noise=cast(Any, request.noise), overlap=True, **start,
                     )  # fmt: skip
                     for chunk in stream:
+                        assert chunk.frames is not None
                         writer.write(chunk.index, chunk.frames[0])
                         tally.add(chunk)
                         report(chunk, plan.chunks, tally.frames, tally.elapsed_s)
@@ -262,6 +301,48 @@ def generate(plan: Plan, report: Reporter, started: float) -> dict[str, Any]:
             info = write_video(writer.paths(), request.out, entry.fps, metadata)
             writer.drop_from(0)
     return tally.result() | {"out": str(request.out), "frames": info.frames, "seconds": info.seconds}
+
+
+def load_pipeline(plan: Plan) -> CausalVideoPipeline:
+    """The networks of a plan, where and as it wants them."""
+    request = plan.request
+    hooked = request.offload in ("model", "group")
+    pipe = CausalVideoPipeline.from_pretrained(
+        plan.folder,
+        dtype=compute_dtype(plan.device),
+        device="cpu" if hooked else plan.device,
+        weights=request.weights,
+        text_weights=request.text_weights,
+        text="resident" if request.offload in ("none", "model") else "auto",
+        vae_path=request.vae,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    scales = [scale for _, scale in request.loras]
+    for number, (path, _) in enumerate(request.loras):
+        pipe.load_lora_weights(path, adapter_name=f"lora{number}")
+        pipe.set_adapters([f"lora{i}" for i in range(number + 1)], scales[: number + 1])
+    if request.tile:
+        pipe.tiling = Tiling(*request.tile, offload=plan.device == "cuda")
+    if request.compiled:
+        pipe.transformer.compile_blocks()
+    if request.offload == "model":
+        pipe.enable_model_cpu_offload()
+    elif request.offload == "group":
+        pipe.enable_group_offload(
+            onload_device=torch.device(plan.device), offload_type="leaf_level", use_stream=True,
+            exclude_modules=["vae"],
+        )  # fmt: skip
+        pipe.vae.to(plan.device)
+    return pipe
+
+
+def _start(request: Request, window: int) -> dict[str, Any]:
+    """The picture or video to start from, as an argument of `stream`."""
+    if request.image:
+        return {"image": read_picture(request.image)}
+    if request.video:
+        return {"video": read_video_end(request.video, 4 * window)}
+    return {}
 
 
 class Stopped(Exception):
@@ -317,7 +398,15 @@ def _kept_note(kept: Path | None) -> str:
 
 def _settings(plan: Plan, height: int, width: int) -> dict[str, str]:
     """What made the video, for its metadata."""
-    return {
+    request = plan.request
+    chosen = {
+        "guidance": request.guidance, "negative": request.negative, "image": request.image,
+        "video": request.video, "switch": request.switch, "vae": request.vae, "tile": request.tile,
+        "loras": "; ".join(f"{path}:{scale:g}" for path, scale in request.loras) or None,
+        "noise": request.noise if request.noise != "counter" else None,
+        "weights": request.weights if request.weights != "full" else None,
+    }  # fmt: skip
+    return {name: str(value) for name, value in chosen.items() if value is not None} | {
         "vidkv": vidkv.__version__,
         "model": plan.request.model,
         "prompts": "; ".join(f"{second:g}: {text}" for second, text in plan.schedule.entries),

@@ -125,7 +125,8 @@ class StockNoise:
     def fresh(self, chunk: int, step: int, frames: int) -> Tensor:
         if chunk != self.chunk:
             self._enter(chunk)
-        return self._draw((self.batch * frames, *self.latent_size)).unflatten(0, (self.batch, frames))
+        drawn = self._draw((self.batch * frames, *self.latent_size))
+        return drawn.view(self.batch, frames, *self.latent_size)
 
     def copy(self) -> StockNoise:
         other = StockNoise(self.seed, self.frames, self.batch, self.latent_size, self.device, self.dtype)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 import torch
@@ -19,16 +19,22 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from vidkv.cache import CacheSpec
+from vidkv.conditioning import as_pixels, encode_pixels, usable_frames
+from vidkv.embeddings import PromptEncoder
 from vidkv.errors import Cancelled, CheckpointError, InputError
-from vidkv.memory import MemoryPlan, latent_size, pixel_size, plan_loaded
-from vidkv.models.checkpoints.folders import read_json, require_tokenizer, verify
+from vidkv.loading import LoadOptions, find_model, keeps_text, load_parts, prompts_on_demand
+from vidkv.memory import MemoryPlan, latent_size, pixel_size, plan_loaded, spatial_stride
 from vidkv.models.families.base import ModelEntry
-from vidkv.models.registry import MODELS, canonical_prompt, contrast_prompt, weights_folder
-from vidkv.models.text import encode_prompts
-from vidkv.models.vae import StreamingDecoder, pixel_frames
+from vidkv.models.lora import LoraPipelineMixin
+from vidkv.models.registry import MODELS, canonical_prompt, contrast_prompt
+from vidkv.models.tiny_vae import TinyVideoDecoder
+from vidkv.models.vae import pixel_frames
+from vidkv.models.vae_decoders import streaming_decoder
+from vidkv.models.vae_tiles import Tiling
 from vidkv.models.wan import CausalWanTransformer3DModel, TextContext
+from vidkv.noise import StockNoise
 from vidkv.prompts import PromptLike, PromptSchedule
-from vidkv.rollout import Chunk, EditStep, OnStep, Rollout
+from vidkv.rollout import Chunk, EditStep, LaterFrames, OnStep, Rollout, Switch
 from vidkv.schedule import FlowSchedule
 
 MAX_SECONDS = 24 * 3600.0
@@ -49,7 +55,7 @@ class CausalVideoOutput(BaseOutput):
     frames: Any
 
 
-class CausalVideoPipeline(DiffusionPipeline):
+class CausalVideoPipeline(DiffusionPipeline, LoraPipelineMixin):
     """Rolls a causal video DiT out chunk by chunk over a KV cache.
 
         pipe = CausalVideoPipeline.from_pretrained("bounce")
@@ -58,76 +64,108 @@ class CausalVideoPipeline(DiffusionPipeline):
             show(chunk.frames)
 
     Args:
-        transformer, vae, text_encoder, tokenizer: the parts.
+        transformer, vae, text_encoder, tokenizer: the parts; without the last two, embeddings are given or
+            `prompt_encoder` makes them.
         model: registry name of the architecture and its defaults.
-        steps, shift, warp, first_chunk_steps, sampler, first_chunk_guidance, guided_down_to: see
-            `FlowSchedule`.
+        steps, shift, warp, first_chunk_steps, sampler, guidance, first_chunk_guidance, guided_down_to: see
+            `FlowSchedule`; by default the model's own.
         prompt_grammar: how prompts are checked and respelled; None for free text.
+
+    Attributes:
+        tiling: how the picture is cut for decoding, for small cards.
+        prompt_encoder: turns prompts into embeddings.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _optional_components: ClassVar = ["text_encoder", "tokenizer"]
     _callback_tensor_inputs = ("latents",)
 
     def __init__(
         self,
         transformer: CausalWanTransformer3DModel,
-        vae: AutoencoderKLWan,
-        text_encoder: UMT5EncoderModel,
-        tokenizer: PreTrainedTokenizerBase,
+        vae: AutoencoderKLWan | TinyVideoDecoder,
+        text_encoder: UMT5EncoderModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         model: str = "bounce",
         steps: list[int] | None = None,
-        shift: float = 5.0,
-        warp: bool = True,
+        shift: float | None = None,
+        warp: bool | None = None,
         first_chunk_steps: list[int] | None = None,
-        sampler: str = "renoise",
-        first_chunk_guidance: float = 1.0,
-        guided_down_to: float = 0.0,
+        sampler: str | None = None,
+        guidance: float | None = None,
+        first_chunk_guidance: float | None = None,
+        guided_down_to: float | None = None,
         prompt_grammar: str | None = None,
     ) -> None:
         super().__init__()
+        if model not in MODELS:
+            raise InputError(f"model {model!r} is unknown; the registry has {', '.join(MODELS)}")
+        settings: dict[str, Any] = {
+            "steps": steps, "shift": shift, "warp": warp, "first_chunk_steps": first_chunk_steps,
+            "sampler": sampler, "guidance": guidance, "first_chunk_guidance": first_chunk_guidance,
+            "guided_down_to": guided_down_to,
+        }  # fmt: skip
+        own = MODELS[model].schedule
+        for name, value in settings.items():
+            chosen = own.get(name, getattr(FlowSchedule(), name)) if value is None else value
+            settings[name] = list(chosen) if isinstance(chosen, list | tuple) else chosen
         self.register_modules(
             transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer
         )
         self.register_to_config(
             model=model,
-            steps=list(steps or FlowSchedule().steps),
-            shift=shift,
-            warp=warp,
-            first_chunk_steps=list(first_chunk_steps) if first_chunk_steps else None,
-            sampler=sampler,
-            first_chunk_guidance=first_chunk_guidance,
-            guided_down_to=guided_down_to,
+            **settings,
             prompt_grammar=prompt_grammar,
         )
-        if model not in MODELS:
-            raise InputError(f"model {model!r} is unknown; the registry has {', '.join(MODELS)}")
+        self.tiling = Tiling()
+        self.prompt_encoder: PromptEncoder | None = None
         # settings that cannot be used are refused now, not in the middle of a video
         canonical_prompt(prompt_grammar), self.schedule
         self._interrupt = False
 
     @classmethod
-    def from_pretrained(cls, model: str | Path = "bounce", **kwargs: Any) -> CausalVideoPipeline:
-        """Load by registry name or from a folder that `save_pretrained` wrote.
+    def from_pretrained(
+        cls,
+        model: str | Path = "bounce",
+        *,
+        dtype: torch.dtype | None = None,
+        device: str = "cpu",
+        weights: str = "full",
+        text_weights: str | None = None,
+        text: str = "auto",
+        vae_path: str | Path | None = None,
+        **kwargs: Any,
+    ) -> CausalVideoPipeline:
+        """Load by registry name or from a folder that `save_pretrained` or `vidkv convert` wrote.
 
         Args:
-            model: a name whose weights ship with the package, or a folder.
-            **kwargs: as for diffusers, e.g. `dtype`; float32 by default.
+            model: a known model's name, or a folder.
+            dtype: of the networks; float32 by default.
+            device: where they are loaded to, tensor by tensor.
+            weights, text_weights: `full`, `fp8` or `int8` storage of the transformer's linear layers and of
+                the text encoder's, by default the same.
+            text: `resident` keeps the text encoder loaded, `on_demand` loads it for new prompts alone and
+                keeps their embeddings on disk; `auto` is resident for the embedded model only.
+            vae_path: a safetensors file with another decoder, such as TAEHV or LightVAE.
+            **kwargs: as for diffusers, parts among them.
 
         Raises:
             InputError: no such model or folder.
             CheckpointError: files missing, damaged or of the wrong shape.
         """
+        dtype = dtype or kwargs.pop("torch_dtype", None) or torch.float32
         folder = find_model(model)
-        verify(folder / "transformer", CausalWanTransformer3DModel)
-        verify(folder / "vae", AutoencoderKLWan)
-        verify(folder / "text_encoder", UMT5EncoderModel)
-        require_tokenizer(folder / "tokenizer")
-        kwargs.setdefault("dtype", kwargs.pop("torch_dtype", torch.float32))
-        kwargs.setdefault("local_files_only", True)
+        other = Path(vae_path) if vae_path else None
+        options = LoadOptions(dtype, device, weights, text_weights or weights, text, other)
+        parts = load_parts(folder, options, set(kwargs))
         try:
-            pipe: CausalVideoPipeline = super().from_pretrained(str(folder), **kwargs)
+            pipe: CausalVideoPipeline = super().from_pretrained(
+                str(folder), **{"dtype": dtype, "local_files_only": True} | parts | kwargs
+            )
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(f"cannot load the model in {folder}: {_first_line(error)}") from None
+        if pipe.text_encoder is None and not keeps_text(folder, options):
+            pipe.prompt_encoder = prompts_on_demand(folder, options, torch.device(device))
         return pipe
 
     @property
@@ -149,6 +187,7 @@ class CausalVideoPipeline(DiffusionPipeline):
             warp=self.config.warp,
             first_chunk_steps=tuple(first) if first else None,
             sampler=self.config.sampler,
+            guidance=self.config.guidance,
             first_chunk_guidance=self.config.first_chunk_guidance,
             guided_down_to=self.config.guided_down_to,
         )
@@ -169,7 +208,8 @@ class CausalVideoPipeline(DiffusionPipeline):
         latent = latent_size(self.entry, *pixel_size(self.entry, height, width))
         return plan_loaded(
             self.transformer, self.vae, self.text_encoder, self._spec(cache), latent,
-            self.entry.chunk_frames, batch,
+            self.entry.chunk_frames, batch, text_tokens=self.entry.text_tokens,
+            guidance=self.schedule.guidance,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -187,6 +227,10 @@ class CausalVideoPipeline(DiffusionPipeline):
         prompt_embeds: Tensor | None = None,
         latents: Tensor | None = None,
         cache: CacheSpec | str | None = None,
+        image: Any = None,
+        video: Any = None,
+        prompt_switch: Switch | None = None,
+        noise: Literal["counter", "stock"] = "counter",
         output_type: Literal["np", "pt", "pil", "latent"] = "np",
         return_dict: bool = True,
         callback_on_step_end: Callback | None = None,
@@ -198,13 +242,20 @@ class CausalVideoPipeline(DiffusionPipeline):
             prompt: a text, a schedule of (second, text), or one text per batch element.
             num_frames: pixel frames; the rollout runs whole chunks and the surplus is cut off.
             num_inference_steps: evenly spaced steps instead of the model's own schedule.
-            guidance_scale: classifier-free guidance of the first chunk, 1 for none, instead of the model's
-                own; later chunks follow their history and are not guided.
-            negative_prompt: what guidance leads away from; by default a contrast to the prompt. With
-                `prompt_embeds` nothing is guided.
+            guidance_scale: classifier-free guidance, 1 for none, instead of the model's own. A model that is
+                guided throughout has a second cache for the negative prompt; for the others it holds for the
+                first chunk alone, since later ones follow their history.
+            negative_prompt: what guidance leads away from; by default the model's own, or a contrast to the
+                prompt. With `prompt_embeds` it must be given to a model that is guided throughout.
             generator, seed: the seed; of a generator its initial seed is taken.
             prompt_embeds: (batch, tokens, width) instead of a prompt.
-            latents: initial noise (batch, latent frames, c, h, w) of all chunks instead of the seed's.
+            latents: initial noise (batch, latent frames, c, h, w) of all generated chunks instead of the
+                seed's.
+            image, video: a picture to start from, or a video to go on from, whose end is used: PIL images or
+                uint8 (frames, height, width, 3). They are part of the result and of `num_frames`.
+            prompt_switch: what becomes of the history when a schedule changes the prompt (`Rollout.switch`),
+                instead of the model's own way; a `lerp` takes four chunks.
+            noise: `stock` draws as the stock code does, from one generator in its order.
             callback_on_step_end: called with (pipeline, step counted over the video, timestep, tensors) after
                 each denoising step. `tensors["latents"]` are the current chunk's after that step (batch,
                 latent frames, c, h, w); if it returns a dictionary with `latents`, those go on instead.
@@ -229,8 +280,9 @@ class CausalVideoPipeline(DiffusionPipeline):
             )
         prompts, rollout = self._begin(
             prompt, height, width, num_frames, self._schedule(num_inference_steps, guidance_scale), generator,
-            seed, prompt_embeds, latents, cache, decode=output_type != "latent",
+            seed, prompt_embeds, cache, output_type != "latent", negative_prompt,
         )  # fmt: skip
+        start = self._start(rollout, image, video, num_frames, noise, latents)
         edit = self._after_step(rollout, callback_on_step_end, callback_on_step_end_tensor_inputs)
         self._interrupt = False
         rows, columns = pixel_size(self.entry, height, width)
@@ -240,7 +292,10 @@ class CausalVideoPipeline(DiffusionPipeline):
             none = torch.empty(len(rollout.seeds), 0, rows, columns, 3, dtype=torch.uint8)
         chunks: list[Chunk] = []
         try:
-            for chunk in self._chunks(rollout, prompts, negative_prompt, num_frames, latents, edit=edit):
+            stream = self._chunks(
+                rollout, prompts, negative_prompt, num_frames, latents, start, prompt_switch, edit=edit
+            )
+            for chunk in stream:
                 chunks.append(chunk)
                 if self._interrupt:
                     break
@@ -266,19 +321,32 @@ class CausalVideoPipeline(DiffusionPipeline):
         prompt_embeds: Tensor | None = None,
         latents: Tensor | None = None,
         cache: CacheSpec | str | None = None,
+        image: Any = None,
+        video: Any = None,
+        prompt_switch: Switch | None = None,
+        noise: Literal["counter", "stock"] = "counter",
         decode: bool = True,
         on_step: OnStep | None = None,
+        overlap: bool = False,
     ) -> Iterator[Chunk]:
         """Yield chunks as they are finished; memory does not grow with the video.
 
         Arguments as for `__call__`; without `num_frames` the stream is endless. The last chunk is cut to
         the frames asked for. Closing the iterator ends the rollout.
+
+        Args:
+            overlap: on a GPU, decode a chunk on a second stream while the next one is denoised; every chunk
+                but the first comes one later.
         """
         prompts, rollout = self._begin(
             prompt, height, width, num_frames, self._schedule(num_inference_steps, guidance_scale), generator,
-            seed, prompt_embeds, latents, cache, decode,
+            seed, prompt_embeds, cache, decode, negative_prompt,
         )  # fmt: skip
-        return self._chunks(rollout, prompts, negative_prompt, num_frames, latents, on_step)
+        start = self._start(rollout, image, video, num_frames, noise, latents)
+        return self._chunks(
+            rollout, prompts, negative_prompt, num_frames, latents, start, prompt_switch, on_step,
+            overlap=overlap and decode and rollout.device.type == "cuda" and not rollout.recompute_context,
+        )  # fmt: skip
 
     def rollout(
         self,
@@ -303,17 +371,24 @@ class CausalVideoPipeline(DiffusionPipeline):
             (self.transformer.config.in_channels, rows, columns),
             [seed + i for i in range(batch)] if seeds is None else seeds,
             entry.chunk_frames,
-            StreamingDecoder(self.vae) if decode else None,
+            streaming_decoder(self.vae, self.tiling) if decode else None,
+            first_chunk_frames=entry.first_chunk_frames,
+            recompute_context=entry.recompute_context,
+            context_encoder=self._context_encoder() if entry.recompute_context and decode else None,
+            device=self._execution_device,
         )
 
     @torch.no_grad()
     def encode_prompt(self, prompts: Sequence[str]) -> TextContext:
         """Cross-attention context of one prompt per batch element."""
-        self.text_encoder.to(self.transformer.device)
-        return self.text_context(encode_prompts(self.tokenizer, self.text_encoder, prompts))
+        return self.text_context(self._encoder().encode(prompts))
 
     def set_prompt(
-        self, rollout: Rollout, prompts: Sequence[str], negative_prompt: str | None = None
+        self,
+        rollout: Rollout,
+        prompts: Sequence[str],
+        negative_prompt: str | None = None,
+        switch: Switch = "keep",
     ) -> None:
         """Give a rollout one prompt per batch element from its next chunk on.
 
@@ -321,16 +396,35 @@ class CausalVideoPipeline(DiffusionPipeline):
             prompts: spelled as the model wants them.
             negative_prompt: what guidance leads away from, if the schedule guides the next chunk; by
                 default the model's own contrast to each prompt.
+            switch: what becomes of the history.
         """
         negative = None
         if rollout.schedule.guidance_at(rollout.chunk, 1.0) != 1:
-            grammar = self.config.prompt_grammar
-            if negative_prompt is not None:
-                wanted = [canonical_prompt(grammar)(negative_prompt)] * len(prompts)
-            else:
-                wanted = [contrast_prompt(grammar)(prompt) for prompt in prompts]
-            negative = self.encode_prompt(wanted)
-        rollout.set_text(self.encode_prompt(prompts), negative)
+            negative = self.encode_prompt(self._contrasts(prompts, negative_prompt))
+        rollout.switch(self.encode_prompt(prompts), negative, switch, at_once=self.entry.recache_at_once)
+
+    def _contrasts(self, prompts: Sequence[str], negative_prompt: str | None) -> list[str]:
+        """What guidance leads away from, for each prompt."""
+        grammar = self.config.prompt_grammar
+        if negative_prompt is not None:
+            return [canonical_prompt(grammar)(negative_prompt)] * len(prompts)
+        if grammar is None and self.entry.negative_prompt:
+            return [self.entry.negative_prompt] * len(prompts)
+        return [contrast_prompt(grammar)(prompt) for prompt in prompts]
+
+    def _encoder(self) -> PromptEncoder:
+        """What turns prompts into embeddings; of a text encoder that is a part of this pipeline, it."""
+        if self.prompt_encoder is None:
+            if self.text_encoder is None:
+                raise InputError("this pipeline has no text encoder; give prompt_embeds")
+            self.prompt_encoder = PromptEncoder(
+                lambda: (self.tokenizer, self.text_encoder),
+                self.entry.text_tokens,
+                dtype=self.text_encoder.dtype,
+                keep_loaded=True,
+            )
+        self.prompt_encoder.device = self._execution_device
+        return self.prompt_encoder
 
     @torch.no_grad()
     def text_context(self, embeds: Tensor) -> TextContext:
@@ -340,54 +434,161 @@ class CausalVideoPipeline(DiffusionPipeline):
             raise InputError(
                 f"prompt_embeds are {tuple(embeds.shape)}; this model takes (batch, tokens, {width})"
             )
-        return self.transformer.encode_text(embeds.to(self.transformer.device))
+        _awaken(self.transformer)
+        return self.transformer.encode_text(embeds.to(self._execution_device))
 
     def chunk_second(self, chunk: int) -> float:
         """When the first frame of a chunk is shown."""
-        return pixel_frames(chunk * self.entry.chunk_frames) / self.fps
+        return (
+            pixel_frames(latents_before(chunk, self.entry.chunk_frames, self.entry.first_chunk_frames))
+            / self.fps
+        )
 
     def _begin(
         self, prompt: PromptLike | list[str] | None, height: int | None, width: int | None,
         num_frames: int | None, schedule: FlowSchedule, generator: torch.Generator | None,
-        seed: int | None, prompt_embeds: Tensor | None, latents: Tensor | None,
-        cache: CacheSpec | str | None, decode: bool,
+        seed: int | None, prompt_embeds: Tensor | None, cache: CacheSpec | str | None, decode: bool,
+        negative_prompt: str | None = None,
     ) -> tuple[list[PromptSchedule], Rollout]:  # fmt: skip
-        """Check all arguments; the prompts of every batch element and a rollout before its first chunk."""
+        """The prompts of every batch element and a rollout before its first chunk."""
+        if num_frames is not None and (not isinstance(num_frames, Integral) or num_frames < 1):
+            raise InputError(f"num_frames={num_frames!r}: give a whole number, at least 1")
         prompts = _schedules(prompt, prompt_embeds, canonical_prompt(self.config.prompt_grammar))
         rollout = self.rollout(
             height, width, schedule=schedule, seed=_seed(seed, generator),
             batch=len(prompts) if prompts else _batch(prompt_embeds), cache=cache, decode=decode,
         )  # fmt: skip
+        negative_prompts = [] if negative_prompt is None else [negative_prompt]
         if prompt_embeds is not None:
-            rollout.set_text(self.text_context(prompt_embeds))
-        _check_latents(latents, num_frames, rollout)
+            negative = None
+            if rollout.schedule.guidance != 1:
+                wanted = negative_prompts or [self.entry.negative_prompt]
+                negative = self.encode_prompt(wanted * len(rollout.seeds))
+            rollout.set_text(self.text_context(prompt_embeds), negative)
+        elif self.prompt_encoder is not None and not self.prompt_encoder.keep_loaded:
+            # all at once, so that the text encoder is loaded once
+            texts = [text for schedule in prompts for _, text in schedule.entries]
+            guided = rollout.schedule.guidance_at(0, 1.0) != 1
+            self.prompt_encoder.encode(texts + (self._contrasts(texts, negative_prompt) if guided else []))
         return prompts, rollout
+
+    def _start(
+        self, rollout: Rollout, image: Any, video: Any, num_frames: int | None, noise: str,
+        latents: Tensor | None,
+    ) -> Tensor | None:  # fmt: skip
+        """Latents (1, f, c, h, w) of what the video begins with; the rest is checked against them."""
+        start = None
+        if image is not None or video is not None:
+            start = self._encode_start(rollout, image, video, num_frames)
+        if noise not in ("counter", "stock"):
+            raise InputError(f"noise={noise!r}; choose counter or stock")
+        if num_frames is None:
+            if noise == "stock":
+                raise InputError("stock noise is drawn for the whole video at once; give num_frames")
+            if latents is not None:
+                raise InputError("latents need num_frames: an endless stream has no whole noise")
+            return start
+        chunks = chunks_for(num_frames, rollout.chunk_frames, first=rollout.first_chunk_frames)
+        frames = latents_before(chunks, rollout.chunk_frames, rollout.first_chunk_frames)
+        frames -= 0 if start is None or self.entry.image_held else start.shape[1]
+        wanted = (len(rollout.seeds), frames, *rollout.latent_size)
+        if latents is not None and tuple(latents.shape) != wanted:
+            raise InputError(f"latents are {tuple(latents.shape)}; {num_frames} frames need {wanted}")
+        if noise == "stock":
+            rollout.noise = StockNoise(
+                rollout.seeds[0], frames, wanted[0], rollout.latent_size, rollout.device, rollout.dtype
+            )
+        return start
+
+    def _encode_start(self, rollout: Rollout, image: Any, video: Any, num_frames: int | None) -> Tensor:
+        if image is not None and video is not None:
+            raise InputError("give either an image or a video to start from, not both")
+        if len(rollout.seeds) != 1:
+            raise InputError(f"an image or a video starts one video, not a batch of {len(rollout.seeds)}")
+        rows, columns = rollout.latent_size[1:]
+        stride = spatial_stride(self.entry)
+        pixels = as_pixels(image if video is None else video, rows * stride, columns * stride)
+        if image is not None and pixels.shape[1] != 1:
+            raise InputError(f"image has {pixels.shape[1]} frames; a video to go on from is video=")
+        if image is not None and not self.entry.image_held:
+            # a chunk of its own, as for models with an independent first frame
+            rollout.first_chunk_frames = 1
+        if video is not None:
+            # what has left the window is not worth encoding
+            most = rollout.cache.spec.window
+            used = usable_frames(pixels.shape[1], rollout.first_chunk_frames, rollout.chunk_frames, most)
+            pixels = pixels[:, -used:]
+        if num_frames is not None and num_frames <= pixels.shape[1]:
+            raise InputError(
+                f"num_frames={num_frames} counts the {pixels.shape[1]} frames that are given; ask for more"
+            )
+        _awaken(self.vae)
+        return encode_pixels(self.vae, pixels, rollout.device).to(rollout.dtype)
+
+    def _context_encoder(self) -> Callable[[Tensor], Tensor] | None:
+        """Pixels (b, h, w, 3) uint8 to latents (b, c, h, w), where the VAE has an encoder."""
+        if not isinstance(self.vae, AutoencoderKLWan):
+            return None
+        return lambda pixels: encode_pixels(self.vae, pixels[:, None], pixels.device)[:, 0]
 
     def _chunks(
         self, rollout: Rollout, prompts: list[PromptSchedule], negative_prompt: str | None,
-        num_frames: int | None, latents: Tensor | None, on_step: OnStep | None = None,
-        edit: EditStep | None = None,
+        num_frames: int | None, latents: Tensor | None, start: Tensor | None = None,
+        switch: Switch | None = None, on_step: OnStep | None = None, edit: EditStep | None = None,
+        overlap: bool = False,
     ) -> Iterator[Chunk]:  # fmt: skip
         shown, texts = 0, None
+        waiting: tuple[Chunk, LaterFrames] | None = None
+        first = rollout.first_chunk_frames
         # tqdm takes infinity for unknown; diffusers takes None for a mistake
-        bar = self.progress_bar(
-            total=chunks_for(num_frames, rollout.chunk_frames) if num_frames else math.inf
-        )
-        with bar:
+        total = chunks_for(num_frames, rollout.chunk_frames, first=first) if num_frames else math.inf
+
+        def cut(chunk: Chunk) -> Chunk:
+            """Without the frames that nobody asked for."""
+            begun = pixel_frames(chunk.start_frame)
+            if chunk.frames is None or num_frames is None:
+                return chunk
+            return replace(chunk, frames=chunk.frames[:, : max(0, num_frames - begun)])
+
+        with self.progress_bar(total=total) as bar:
             while num_frames is None or shown < num_frames:
-                wanted = [schedule.at(self.chunk_second(rollout.chunk)) for schedule in prompts]
+                second = pixel_frames(rollout.next_frame) / self.fps
+                wanted = [schedule.at(second) for schedule in prompts]
                 if wanted and wanted != texts:
-                    self.set_prompt(rollout, wanted, negative_prompt)
+                    way = (switch or self.entry.prompt_switch) if texts else "keep"
+                    self.set_prompt(rollout, wanted, negative_prompt, cast(Switch, way))
                     texts = wanted
+                given, start = start, None
+                if given is not None and not self.entry.image_held:
+                    _awaken(self.vae)
+                    for chunk in rollout.prefill(given):
+                        bar.update()
+                        yield cut(chunk)
+                    shown = pixel_frames(rollout.next_frame)
+                    continue
                 noise = None
                 if latents is not None:
-                    noise = latents[:, rollout.next_frame : rollout.next_frame + rollout.chunk_frames]
-                chunk = rollout.step_chunk(noise=noise, on_step=on_step, edit=edit)
-                if chunk.frames is not None and num_frames is not None:
-                    chunk = replace(chunk, frames=chunk.frames[:, : num_frames - shown])
+                    begun = rollout.next_frame - rollout.prefix_frames
+                    noise = latents[:, begun : begun + rollout.next_chunk_frames]
+                _awaken(self.vae)
+                chunk = rollout.step_chunk(
+                    noise=noise, on_step=on_step, edit=edit, given=given, decode=not overlap
+                )
                 shown = pixel_frames(rollout.next_frame)
                 bar.update()
-                yield chunk
+                if waiting:
+                    yield cut(_decoded(*waiting))
+                    waiting = None
+                if not overlap:
+                    yield cut(chunk)
+                    continue
+                waiting = chunk, rollout.decode_later(chunk.latents)
+                if chunk.index == rollout.prefix_chunks:
+                    # the first frames are wanted soon
+                    yield cut(_decoded(*waiting))
+                    waiting = None
+            if waiting:
+                yield cut(_decoded(*waiting))
 
     def _spec(self, cache: CacheSpec | str | None) -> CacheSpec:
         if cache is None:
@@ -399,7 +600,10 @@ class CausalVideoPipeline(DiffusionPipeline):
         if num_inference_steps is not None:
             schedule = schedule.with_steps(num_inference_steps)
         if guidance_scale is not None:
-            schedule = replace(schedule, first_chunk_guidance=guidance_scale)
+            if schedule.guidance == 1:
+                schedule = replace(schedule, first_chunk_guidance=guidance_scale)
+            else:
+                schedule = replace(schedule, guidance=guidance_scale)
         return schedule
 
     def _after_step(
@@ -432,24 +636,6 @@ class _Interrupted(Cancelled):
     """`_interrupt` was set in the middle of a chunk."""
 
 
-def find_model(model: str | Path) -> Path:
-    """The folder of a model by registry name or path.
-
-    Raises:
-        InputError: neither, with what there is.
-        CheckpointError: a folder without `model_index.json`.
-    """
-    entry = MODELS.get(str(model))
-    folder = weights_folder(entry) if entry else Path(model)
-    if folder is None:
-        raise InputError(f"the weights of {model} do not ship with vidkv; give the folder that holds them")
-    if not folder.is_dir():
-        shipped = ", ".join(name for name, known in MODELS.items() if known.weights)
-        raise InputError(f"unknown model {str(model)!r}: neither a folder nor a shipped model ({shipped})")
-    read_json(folder / "model_index.json")
-    return folder
-
-
 def frames_for(seconds: float, fps: int) -> int:
     """Pixel frames of a video of so many seconds.
 
@@ -468,9 +654,32 @@ def frames_for(seconds: float, fps: int) -> int:
     return frames
 
 
-def chunks_for(num_frames: int, chunk_frames: int, temporal_scale: int = 4) -> int:
-    """Chunks that hold `num_frames` pixel frames: ceil((frames + 3) / 12) for chunks of three."""
-    return -(-(num_frames + temporal_scale - 1) // (temporal_scale * chunk_frames))
+def chunks_for(num_frames: int, chunk_frames: int, temporal_scale: int = 4, first: int | None = None) -> int:
+    """Chunks that hold `num_frames` pixel frames: ceil((frames + 3) / 12) for chunks of three.
+
+    Args:
+        first: latent frames of the first chunk, where it differs.
+    """
+    later = num_frames + temporal_scale - 1 - temporal_scale * (first or chunk_frames)
+    return 1 + max(0, -(-later // (temporal_scale * chunk_frames)))
+
+
+def latents_before(chunk: int, chunk_frames: int, first: int | None = None) -> int:
+    """Latent frames before a chunk, whose first one may have another length."""
+    return (first or chunk_frames) + (chunk - 1) * chunk_frames if chunk else 0
+
+
+def _decoded(chunk: Chunk, later: LaterFrames) -> Chunk:
+    """The chunk with its frames, once they are there."""
+    frames = later.wait()
+    return replace(chunk, frames=frames, stats=replace(chunk.stats, decode_s=later.decode_s))
+
+
+def _awaken(module: Any) -> None:
+    """Bring an offloaded network to its device; diffusers' hooks do so when it is called as a whole."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None:
+        hook.pre_forward(module)
 
 
 def _collect(chunks: list[Chunk], output_type: str, none: Tensor) -> Any:
@@ -514,19 +723,6 @@ def _seed(seed: int | None, generator: torch.Generator | None) -> int:
     if generator is not None:
         return generator.initial_seed() % 2**64
     return 0 if seed is None else seed
-
-
-def _check_latents(latents: Tensor | None, num_frames: int | None, rollout: Rollout) -> None:
-    if num_frames is not None and (not isinstance(num_frames, Integral) or num_frames < 1):
-        raise InputError(f"num_frames={num_frames!r}: give a whole number, at least 1")
-    if latents is None:
-        return
-    if num_frames is None:
-        raise InputError("latents need num_frames: an endless stream has no whole noise")
-    frames = chunks_for(num_frames, rollout.chunk_frames) * rollout.chunk_frames
-    wanted = (len(rollout.seeds), frames, *rollout.latent_size)
-    if tuple(latents.shape) != wanted:
-        raise InputError(f"latents are {tuple(latents.shape)}; {num_frames} frames need {wanted}")
 
 
 def _first_line(error: Exception) -> str:

@@ -116,6 +116,7 @@ class Rollout:
         context_encoder: with `recompute_context`, (b, height, width, 3) uint8 to latents (b, c, h, w): the
             first latent frame of the context is encoded anew from the last of its decoded frames, because
             the VAE knows a video's first frame as something special (likewise).
+        device: where to compute; by default where the transformer is, but an offloaded one is elsewhere.
     """
 
     def __init__(
@@ -135,6 +136,7 @@ class Rollout:
         noise: NoiseSource | None = None,
         recompute_context: bool = False,
         context_encoder: Callable[[Tensor], Tensor] | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         _, height, width = latent_size
         for seed in seeds:
@@ -147,7 +149,7 @@ class Rollout:
                 f"first_chunk_frames={first_chunk_frames} must lie between 1 and chunk_frames={chunk_frames}"
             )
         self.transformer, self.schedule = transformer, schedule
-        self.device, self.dtype = transformer.device, transformer.dtype
+        self.device, self.dtype = torch.device(device or transformer.device), transformer.dtype
         self.text = self._text(text)
         self.negative: TextContext | None = None
         self._transition: _Transition | None = None
@@ -167,6 +169,7 @@ class Rollout:
         self.chunk = self.prefix_chunks = self.prefix_frames = 0
         self.window_latents: dict[int, Tensor] = {}
         self.context_frames: dict[int, Tensor] = {}
+        self._later: LaterFrames | None = None
 
     @property
     def next_frame(self) -> int:
@@ -249,6 +252,7 @@ class Rollout:
         *,
         step_noise: Sequence[Tensor] | None = None,
         given: Tensor | None = None,
+        decode: bool = True,
     ) -> Chunk:
         """Generate the next chunk: `denoise`, clean pass, decode.
 
@@ -258,6 +262,7 @@ class Rollout:
             step_noise: fresh noise of that shape for every step that takes some, likewise.
             given: clean latents (b, fewer frames, c, h, w) that the chunk begins with: they are held at
                 timestep 0 through its steps (Wan 2.2 TI2V's image conditioning).
+            decode: False leaves its frames to `decode_later`.
             on_step: called after every denoising step.
             edit: called after every denoising step; may change the latents.
 
@@ -276,19 +281,9 @@ class Rollout:
         with _naming_shortage(self.device):
             self._commit(latents)
             committed = _seconds(self.device)
-            pixels = self._decode(latents, start_frame)
-        finished = _seconds(self.device)
-        stats = ChunkStats(
-            denoise_s=denoised - started,
-            commit_s=committed - denoised,
-            decode_s=finished - committed,
-            kv_bytes=self.kv_bytes,
-            bytes_per_frame=self.cache.bytes_per_frame,
-            resident_frames=len(self.cache.table),
-            pages_read=self.cache.pages_read - read_before[0],
-            lossy_pages_read=self.cache.lossy_pages_read - read_before[1],
-        )
-        return Chunk(self.chunk - 1, start_frame, latents, pixels, stats)
+            pixels = self._decode(latents, start_frame) if decode else None
+        seconds = denoised - started, committed - denoised, _seconds(self.device) - committed
+        return Chunk(self.chunk - 1, start_frame, latents, pixels, self._stats(seconds, read_before))
 
     @torch.no_grad()
     def denoise(
@@ -337,13 +332,29 @@ class Rollout:
                 for cache in self._caches():
                     cache.abandon()
 
-    def prefill(self, latents: Tensor) -> Tensor | None:
+    @torch.no_grad()
+    def decode_later(self, latents: Tensor) -> LaterFrames:
+        """Decode a chunk on a second stream of the GPU, while the next one is denoised.
+
+            chunk = rollout.step_chunk(decode=False)
+            frames = rollout.decode_later(chunk.latents)
+            following = rollout.step_chunk(decode=False)
+            show(frames.wait())
+
+        Chunks are decoded in the order in which this is called. On a CPU it is done at once.
+        """
+        if not self.decoder or self.recompute_context:
+            raise InputError("only a rollout with a decoder that keeps its cache can decode later")
+        if self._later is not None:
+            self._later.wait()
+        self._later = LaterFrames(self.decoder, latents, self._later)
+        return self._later
+
+    @torch.no_grad()
+    def prefill(self, latents: Tensor) -> list[Chunk]:
         """Commit given clean latents (b, f, c, h, w) before the first generated chunk: an image or a video.
 
         They are cut into chunks as the stock code does it: the first chunk's frames, then full chunks.
-
-        Returns:
-            Their pixel frames (b, pixel frames, height, width, 3) uint8; None without a decoder.
 
         Raises:
             InputError: not of this rollout's shape, no whole number of chunks, or chunks have been generated.
@@ -358,9 +369,16 @@ class Rollout:
                 f"{self.chunk_frames}"
             )
         parts = latents.tensor_split(list(range(first, frames, self.chunk_frames)), 1)
-        pixels = [self.append(part) for part in parts]
+        chunks = []
+        for part in parts:
+            read_before = self.cache.pages_read, self.cache.lossy_pages_read
+            started, start_frame = _seconds(self.device), self.next_frame
+            pixels = self.append(part)
+            seconds = 0.0, 0.0, _seconds(self.device) - started
+            stats = self._stats(seconds, read_before)
+            chunks.append(Chunk(self.chunk - 1, start_frame, part, pixels, stats))
         self.prefix_chunks, self.prefix_frames = self.chunk, self.next_frame
-        return torch.cat([part for part in pixels if part is not None], 1) if self.decoder else None
+        return chunks
 
     @torch.no_grad()
     def append(self, latents: Tensor) -> Tensor | None:
@@ -431,6 +449,8 @@ class Rollout:
             tensors |= {f"{name}.{key}": tensor for key, tensor in parts.items()}
         noise, headers["noise"] = self.noise.state()
         tensors |= {f"noise.{key}": tensor for key, tensor in noise.items()}
+        if self._later is not None:
+            self._later.wait()
         if self.decoder:
             tensors |= {f"decoder.{name}": tensor.cpu() for name, tensor in self.decoder.state().items()}
         for name, kept in (("window_latents", self.window_latents), ("context_frames", self.context_frames)):
@@ -510,6 +530,19 @@ class Rollout:
             return {}
         check_tensor(tensors, name, (len(self.seeds), len(frames), *shape), dtype)
         return dict(zip(frames, tensors[name].to(self.device, copy=True).unbind(1), strict=True))
+
+    def _stats(self, seconds: tuple[float, float, float], read_before: tuple[int, int]) -> ChunkStats:
+        denoise_s, commit_s, decode_s = seconds
+        return ChunkStats(
+            denoise_s=denoise_s,
+            commit_s=commit_s,
+            decode_s=decode_s,
+            kv_bytes=self.kv_bytes,
+            bytes_per_frame=self.cache.bytes_per_frame,
+            resident_frames=len(self.cache.table),
+            pages_read=self.cache.pages_read - read_before[0],
+            lossy_pages_read=self.cache.lossy_pages_read - read_before[1],
+        )
 
     @torch.no_grad()
     def _text(self, text: TextContext | Tensor) -> TextContext:
@@ -642,6 +675,43 @@ class Rollout:
         return torch.full((len(self.seeds), frames), timestep, device=self.device)
 
 
+class LaterFrames:
+    """Frames that a second stream decodes.
+
+    Args:
+        decoder: in the state after the chunk before.
+        latents: (b, f, c, h, w) on the current stream.
+        before: the chunk before, whose stream is used.
+    """
+
+    def __init__(self, decoder: Decoder, latents: Tensor, before: LaterFrames | None) -> None:
+        self.decode_s = 0.0
+        self.stream: torch.cuda.Stream | None = None
+        if latents.device.type != "cuda":
+            started = time.perf_counter()
+            self.frames = decoder.feed(latents)
+            self.decode_s = time.perf_counter() - started
+            return
+        self.stream = (before.stream if before else None) or torch.cuda.Stream(latents.device)
+        self.begun, self.ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.stream.wait_stream(torch.cuda.current_stream(latents.device))
+        with torch.cuda.stream(self.stream):
+            self.begun.record()
+            on_device = decoder.feed(latents)
+            # else the allocator would give them to the current stream while this one still reads them
+            latents.record_stream(self.stream)
+            self.frames = torch.empty(on_device.shape, dtype=on_device.dtype, pin_memory=True)
+            self.frames.copy_(on_device, non_blocking=True)
+            self.ended.record()
+
+    def wait(self) -> Tensor:
+        """(b, pixel frames, height, width, 3) uint8 on the CPU; `decode_s` is known from then on."""
+        if self.stream is not None:
+            self.ended.synchronize()
+            self.decode_s = self.begun.elapsed_time(self.ended) / 1000
+        return self.frames
+
+
 class _Transition:
     """A prompt on its way to another.
 
@@ -713,5 +783,6 @@ def _schedule(saved: Mapping[str, Any]) -> FlowSchedule:
 def _seconds(device: torch.device) -> float:
     """The time once the device has done all it was given: GPU kernels run behind the calls."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        # not the whole device: a second stream may be decoding
+        torch.cuda.current_stream(device).synchronize()
     return time.perf_counter()

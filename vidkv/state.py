@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from safetensors.torch import save_file
 
 from vidkv.cache.saved import entry
 from vidkv.errors import OutputError, StateError
-from vidkv.models.wan import CausalWanTransformer3DModel
+from vidkv.models.lora import fingerprint
 from vidkv.rollout import Rollout
 
 SCHEMA = 3
@@ -32,7 +31,7 @@ def save_rollout(rollout: Rollout, path: str | Path, extra: dict[str, Any] | Non
     tensors, header = rollout.state()
     header = {
         "schema": SCHEMA,
-        "model": _fingerprint(rollout.transformer),
+        "model": fingerprint(rollout.transformer),
         "torch": torch.__version__,
         "device": rollout.device.type,
         "dtype": str(rollout.dtype),
@@ -77,18 +76,9 @@ def load_rollout(rollout: Rollout, path: str | Path) -> dict[str, Any]:
         dtype, extra = entry(header, "dtype", str), entry(header, "extra", dict)
         if dtype != str(rollout.dtype):
             raise StateError(f"it was saved at {dtype}, this rollout runs at {rollout.dtype}")
-        if entry(header, "model", str) != _fingerprint(rollout.transformer):
+        if entry(header, "model", str) != fingerprint(rollout.transformer):
             raise StateError("it was saved with other weights; load the model it was saved with")
         rollout.restore(tensors, entry(header, "rollout", dict))
     except StateError as error:
         raise StateError(f"{path} cannot be restored: {error}") from None
     return extra
-
-
-def _fingerprint(transformer: CausalWanTransformer3DModel) -> str:
-    """Digest of the configuration and of all vectors among the weights; the matrices are not read."""
-    config = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
-    vectors = [p.detach().float() for p in transformer.parameters() if p.ndim == 1]
-    digest = sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    digest.update(torch.cat(vectors).cpu().numpy().tobytes())
-    return digest.hexdigest()

@@ -14,10 +14,11 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from vidkv.apps.train import vae as vae_stage
 from vidkv.apps.train.dit import FRAMES, SCHEDULE, Trainer, lessons
 from vidkv.errors import InputError
+from vidkv.loading import find_model
 from vidkv.models.bounce.prompts import WORLDS
 from vidkv.models.bounce.text import build_tokenizer
 from vidkv.models.checkpoints.folders import verify
-from vidkv.pipeline import CausalVideoPipeline, find_model
+from vidkv.pipeline import CausalVideoPipeline
 
 STEPS = 1_000_000
 

@@ -48,6 +48,10 @@ class ModelEntry:
         first_chunk_frames: latent frames of the first chunk where it differs from the others.
         recompute_context: the cache is built anew for every chunk from the clean latents before it
             (Krea's loop), instead of being kept.
+        image_held: a given image is held clean inside the first chunk (Wan 2.2 TI2V), instead of being a
+            chunk of its own before it.
+        prompt_switch: what becomes of the history when the prompt changes, by default (see `Rollout.switch`).
+        recache_at_once: a recache is one pass, as the model was trained for it.
         negative_prompt: what guidance leads away from by default, for models that are guided.
         weights: module whose folder holds the weights; None: the user brings them.
         source: where to get them.
@@ -68,6 +72,9 @@ class ModelEntry:
     schedule: Mapping[str, Any] = field(default_factory=dict)
     first_chunk_frames: int | None = None
     recompute_context: bool = False
+    image_held: bool = False
+    prompt_switch: str = "keep"
+    recache_at_once: bool = False
     negative_prompt: str = ""
     weights: str | None = None
     source: Source | None = None

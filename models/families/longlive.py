@@ -11,6 +11,8 @@ MODELS = (
         TRANSFORMER_1_3B,
         window=12,
         sink=3,
+        prompt_switch="recache",
+        recache_at_once=True,
         schedule=FEW_STEPS,
         source=Source(
             "Efficient-Large-Model/LongLive-1.3B",

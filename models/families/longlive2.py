@@ -64,6 +64,7 @@ MODELS = (
         height=704,
         width=1280,
         fps=24,
+        image_held=True,
         schedule={"steps": (1000, 750, 500, 250), "shift": 5.0, "sampler": "unipc"},
         source=Source(
             "Efficient-Large-Model/LongLive-2.0-5B",

@@ -59,7 +59,9 @@ def test_estimate_is_for_the_device_named(capsys: pytest.CaptureFixture[str]) ->
         plans = {
             name: as_json(capsys, "estimate", "--model", model, "--device", name) for name in ("cpu", "cuda")
         }
-        assert plans["cpu"]["weights_bytes"] == 2 * plans["cuda"]["weights_bytes"]
+        # norms and the time embedder stay at float32
+        ratio = plans["cpu"]["weights_bytes"] / plans["cuda"]["weights_bytes"]
+        assert 1.9 < ratio < 2
         assert plans["cpu"]["cache"].startswith("fp32") and plans["cuda"]["cache"].startswith("bf16")
         code, _, stderr = run(capsys, "estimate", "--model", model, "--device", "foo")
         assert (code, stderr) == (2, "vidkv: device='foo'; choose auto, cpu or cuda\n")

@@ -16,9 +16,10 @@ from transformers import UMT5EncoderModel
 
 from tests.tiny import build_pipeline
 from vidkv.errors import CheckpointError, InputError, VidkvError
+from vidkv.loading import find_model
 from vidkv.models.checkpoints.folders import file_shapes, model_shapes, read_json, require_tokenizer, verify
 from vidkv.models.wan import CausalWanTransformer3DModel
-from vidkv.pipeline import CausalVideoPipeline, find_model
+from vidkv.pipeline import CausalVideoPipeline
 
 PARTS: dict[str, tuple[type[nn.Module], str]] = {
     "transformer": (CausalWanTransformer3DModel, "diffusion_pytorch_model.safetensors"),
@@ -147,7 +148,7 @@ class TestSmallFiles:
     @pytest.mark.parametrize(
         ("setting", "words"),
         [
-            ({"model": "wan9"}, "'wan9' is unknown"),
+            ({"model": "wan9"}, "names the model 'wan9'; known are"),
             ({"steps": [250, 500]}, "denoising steps"),
             ({"shift": -1}, "shift"),
             ({"sampler": "heun"}, "'heun'"),
@@ -189,7 +190,9 @@ class TestWhichModel:
             find_model("wan9")
 
     def test_known_without_weights(self) -> None:
-        with pytest.raises(InputError, match=r"wan2\.1-1\.3b do not ship"):
+        with pytest.raises(
+            InputError, match=r"wan2\.1-1\.3b are not here.*vidkv convert --model wan2\.1-1\.3b"
+        ):
             find_model("wan2.1-1.3b")
 
     def test_a_folder(self, pristine: Path) -> None:
