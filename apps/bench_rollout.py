@@ -138,6 +138,7 @@ def rollout_benchmark(
     compiled: bool = False,
     baseline: bool = True,
     profiled: bool = True,
+    graphs: bool = False,
     tell: Tell = lambda done, total, what: None,
 ) -> dict[str, Any]:
     """Roll random weights out until the window is full, then measure chunks.
@@ -152,6 +153,8 @@ def rollout_benchmark(
         chunks: steady chunks that are timed, of each loop.
         device: auto, cpu or cuda.
         compiled: torch.compile of the transformer's blocks around attention, for both loops.
+        graphs: vidkv's denoising passes are replayed as CUDA graphs (`Rollout.record_passes`); phases are
+            those of passes that are not.
         baseline: also time the stock loop.
         profiled: also say where a pass's time goes.
 
@@ -168,7 +171,9 @@ def rollout_benchmark(
     check_room(setup)
     try:
         with torch.no_grad():
-            return _benchmark(setup, chunks, compiled, baseline, profiled, tell)
+            return _benchmark(
+                setup, chunks, compiled, baseline, profiled, graphs and setup.device.type == "cuda", tell
+            )
     except torch.OutOfMemoryError as error:
         raise ResourceError(
             f"{model} with the cache {setup.spec} at {setup.width}x{setup.height} does not fit: "
@@ -242,7 +247,7 @@ def check_room(setup: Setup) -> None:
 
 
 def _benchmark(
-    setup: Setup, chunks: int, compiled: bool, baseline: bool, profiled: bool, tell: Tell
+    setup: Setup, chunks: int, compiled: bool, baseline: bool, profiled: bool, graphs: bool, tell: Tell
 ) -> dict[str, Any]:
     rounds = chunks + STAGES
     tell(0, rounds, "building")
@@ -265,21 +270,27 @@ def _benchmark(
             stock, stock_row = _start_stock(setup, networks, weights_allocated)
         loops: dict[str, Loop] = {"vidkv": rollout} | ({"stock": stock} if stock else {})
         passes = _warm_up(loops, networks.transformer, decoder, setup.device)
-        times, decode_s = _rounds(loops, decoder, setup.device, chunks, tell)
         phases = {}
         if profiled:
             phases = {
                 name: profile_passes(loop, networks.transformer, setup.device, compiled)
                 for name, loop in loops.items()
             }
+        if graphs:
+            rollout.record_passes()
+            _chunk(rollout, setup.device)
+        times, decode_s = _rounds(loops, decoder, setup.device, chunks, tell)
         ratios = {}
         if stock:
             stock_row |= {**_loop_row(times["stock"], decode_s, setup), "sdpa": stock.backend_name}
             ratios = _ratios(times["stock"], times["vidkv"], decode_s)
+            if not passes[CLEAN]:
+                # a model that recomputes its context has none to compare
+                del ratios["clean"]
         return {
             "hardware": hardware(setup.device.type),
             "torch": torch.__version__,
-            "model": _describe(setup, networks, compiled) | {"passes": passes},
+            "model": _describe(setup, networks, compiled) | {"passes": passes, "graphs": graphs},
             "read_path": str(rollout.path),
             "first_frame_s": {"cold": rounded(cold), "warm": rounded(warm)},
             "chunks": chunks,
@@ -637,6 +648,7 @@ def render(report: Mapping[str, Any]) -> Group:
     model, memory, first = report["model"], report["memory"], report["first_frame_s"]
     passes = " + ".join(f"{number} {kind}" for kind, number in model["passes"].items())
     compiled = ", compiled blocks" if model["compiled"] else ""
+    compiled += ", vidkv's passes as CUDA graphs" if model["graphs"] else ""
     lines = [
         f"{report['hardware']}, torch {report['torch']}, random weights",
         f"{model['name']} ({model['parameters'] / 1e9:.2f} B, {model['dtype']}{compiled}) at "
@@ -680,8 +692,9 @@ def _loops_table(report: Mapping[str, Any]) -> Table:
             f"{held['kv_resident_bytes'] / 1e9:.3f}", "" if peak is None else f"{peak / 1e9:.2f}",
         )  # fmt: skip
     if ratios := report["stock_to_vidkv"]:
+        clean = _span(ratios["clean"]) if "clean" in ratios else ""
         table.add_row(
-            "stock / vidkv", _span(ratios["denoise"]), _span(ratios["clean"]), "",
+            "stock / vidkv", _span(ratios["denoise"]), clean, "",
             _span(ratios["transformer"]), _span(ratios["end_to_end"]),
         )  # fmt: skip
     return table

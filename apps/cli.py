@@ -250,6 +250,9 @@ def bench_rollout(
     compiled: Annotated[
         bool | None, typer.Option("--compile/--no-compile", help="torch.compile blocks around attention.")
     ] = None,
+    graphs: Annotated[
+        bool | None, typer.Option("--graphs/--no-graphs", help="Replay vidkv's passes as CUDA graphs.")
+    ] = None,
     baseline: Annotated[bool | None, typer.Option(help="Time the stock loop too; so by default.")] = None,
     profiled: Annotated[
         bool | None, typer.Option("--profile/--no-profile", help="Break a pass down; so by default.")
@@ -260,7 +263,8 @@ def bench_rollout(
     """Cost and memory per chunk over a long rollout, formats in turn; or speed with --random-weights."""
     choices = {
         "--window": window, "--sink": sink, "--kv-format": kv_format, "--height": height, "--width": width,
-        "--steps": steps, "--compile": compiled, "--baseline": baseline, "--profile": profiled,
+        "--steps": steps, "--compile": compiled, "--graphs": graphs, "--baseline": baseline,
+        "--profile": profiled,
     }  # fmt: skip
     if random_weights:
         from rich.console import Console
@@ -272,7 +276,7 @@ def bench_rollout(
         with ProgressLine() as line:
             report = rollout_benchmark(
                 model, window, sink, kv_format, height, width, chunks or 6, steps, device, bool(compiled),
-                baseline is not False, profiled is not False, line.step_done,
+                baseline is not False, profiled is not False, bool(graphs), line.step_done,
             )  # fmt: skip
         if as_json:
             _emit(report, True, "")

@@ -327,7 +327,9 @@ def load_pipeline(plan: Plan) -> CausalVideoPipeline:
         pipe.transformer.compile_blocks()
     if request.offload == "model":
         pipe.enable_model_cpu_offload()
-    elif request.offload == "group":
+    else:
+        pipe.graphs = request.offload != "group"
+    if request.offload == "group":
         pipe.enable_group_offload(
             onload_device=torch.device(plan.device), offload_type="leaf_level", use_stream=True,
             exclude_modules=["vae"],

@@ -162,8 +162,11 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def _embed_time(self, timestep: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(b, f) to the embedding (b, f, dim) and the blocks' modulation (b, f, 1, 6, dim)."""
         embedder = self.condition_embedder
-        b, f = timestep.shape
-        sinusoid = embedder.timesteps_proj(timestep.flatten()).unflatten(0, (b, f))
+        half = self.config.freq_dim // 2
+        # stock code computes it at float64; diffusers' embedding, at float32, is off by 1e-5 at timestep 1000
+        rate = 10_000.0 ** -(torch.arange(half, dtype=torch.float64, device=timestep.device) / half)
+        angles = timestep.double()[..., None] * rate
+        sinusoid = torch.cat([angles.cos(), angles.sin()], -1)
         temb = embedder.time_embedder(sinusoid.to(embedder.time_embedder.linear_1.weight.dtype)).to(dtype)
         modulation = embedder.time_proj(F.silu(temb))
         return temb, rearrange(modulation, "b f (six c) -> b f 1 six c", six=6)

@@ -175,6 +175,30 @@ class CachedAttention:
                 for segment in cache.segments
             ]
 
+    @property
+    def steady(self) -> bool:
+        """Whether the window is full: from here on every chunk reads as many pages."""
+        opened = self.cache.opened
+        return opened is not None and len(opened.history) == self.cache.layout.capacity
+
+    def signature(self) -> tuple[object, ...]:
+        """What two objects have in common if they launch the same kernels on the same memory."""
+        runs = [run for run, _ in self.history] + [run for segment, _ in self.segments for run in segment]
+        cuts = tuple(len(segment) for segment, _ in self.segments)
+        pools = tuple(id(pool) for pool in self.cache.pools.values())
+        return self.path, self.commit, pools, cuts, tuple((run.pool, len(run.slots)) for run in runs)
+
+    def take(self, other: CachedAttention) -> None:
+        """Read from now on, in place, what an object with the same signature reads."""
+        for mine, theirs in zip(self._changing(), other._changing(), strict=True):
+            mine.copy_(theirs)
+
+    def _changing(self) -> list[Tensor]:
+        """What differs from chunk to chunk: slots, and phases of the pages' positions."""
+        parts = [(run, phases) for run, phases in self.history]
+        parts += [pair for segment, phases in self.segments for pair in zip(segment, phases, strict=True)]
+        return [tensor for run, phases in parts for tensor in (run.slots, phases)]
+
     def layer(self, index: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         return partial(self._attend, index)
 

@@ -73,6 +73,7 @@ class CausalVideoPipeline(DiffusionPipeline, LoraPipelineMixin):
 
     Attributes:
         tiling: how the picture is cut for decoding, for small cards.
+        graphs: whether a GPU replays recorded passes (`Rollout.record_passes`).
         prompt_encoder: turns prompts into embeddings.
     """
 
@@ -117,7 +118,7 @@ class CausalVideoPipeline(DiffusionPipeline, LoraPipelineMixin):
             **settings,
             prompt_grammar=prompt_grammar,
         )
-        self.tiling = Tiling()
+        self.tiling, self.graphs = Tiling(), False
         self.prompt_encoder: PromptEncoder | None = None
         # settings that cannot be used are refused now, not in the middle of a video
         canonical_prompt(prompt_grammar), self.schedule
@@ -376,6 +377,7 @@ class CausalVideoPipeline(DiffusionPipeline, LoraPipelineMixin):
             recompute_context=entry.recompute_context,
             context_encoder=self._context_encoder() if entry.recompute_context and decode else None,
             device=self._execution_device,
+            graphs=self.graphs,
         )
 
     @torch.no_grad()

@@ -19,6 +19,7 @@ from vidkv.cache.saved import check_tensor, entry, whole_numbers
 from vidkv.dispatch import check as check_path
 from vidkv.dispatch import choose as choose_path
 from vidkv.errors import InputError, NumericsError, ResourceError, StateError
+from vidkv.graphs import RecordedPasses
 from vidkv.models.vae import pixel_frames
 from vidkv.models.wan import CausalWanTransformer3DModel, TextContext
 from vidkv.noise import CounterNoise, NoiseSource
@@ -116,6 +117,7 @@ class Rollout:
         context_encoder: with `recompute_context`, (b, height, width, 3) uint8 to latents (b, c, h, w): the
             first latent frame of the context is encoded anew from the last of its decoded frames, because
             the VAE knows a video's first frame as something special (likewise).
+        graphs: on a GPU, replay recorded denoising passes once the window is full (`RecordedPasses`).
         device: where to compute; by default where the transformer is, but an offloaded one is elsewhere.
     """
 
@@ -137,6 +139,7 @@ class Rollout:
         recompute_context: bool = False,
         context_encoder: Callable[[Tensor], Tensor] | None = None,
         device: torch.device | str | None = None,
+        graphs: bool = False,
     ) -> None:
         _, height, width = latent_size
         for seed in seeds:
@@ -170,6 +173,9 @@ class Rollout:
         self.window_latents: dict[int, Tensor] = {}
         self.context_frames: dict[int, Tensor] = {}
         self._later: LaterFrames | None = None
+        self._pass: CausalWanTransformer3DModel | RecordedPasses = transformer
+        if graphs:
+            self.record_passes()
 
     @property
     def next_frame(self) -> int:
@@ -185,6 +191,11 @@ class Rollout:
     def kv_bytes(self) -> int:
         """Bytes of the cache, and of the negative text's where there is one."""
         return sum(cache.nbytes for cache in self._caches())
+
+    def record_passes(self) -> None:
+        """From now on replay recorded denoising passes once the window is full; on a CPU nothing changes."""
+        if self.device.type == "cuda":
+            self._pass = RecordedPasses(self.transformer)
 
     def set_text(self, text: TextContext | Tensor, negative: TextContext | Tensor | None = None) -> None:
         """Use another prompt from the next chunk on; the cache stays (strategy `keep`).
@@ -409,6 +420,7 @@ class Rollout:
             self.chunk_frames, self.decoder.copy() if self.decoder else None, self.cache.fork(), self.path,
             first_chunk_frames=self.first_chunk_frames, noise=self.noise.copy(),
             recompute_context=self.recompute_context, context_encoder=self.context_encoder,
+            device=self.device, graphs=self._pass is not self.transformer,
         )  # fmt: skip
         other.negative = self.negative
         other.negative_cache = self.negative_cache.fork() if self.negative_cache else None
@@ -423,6 +435,7 @@ class Rollout:
         for cache in self._caches():
             cache.close()
         self.window_latents, self.context_frames = {}, {}
+        self._pass = self.transformer
         if self.decoder:
             self.decoder.reset()
 
@@ -581,12 +594,12 @@ class Rollout:
         times = self._timestep(timestep, x.shape[1])
         if given is not None:
             times[:, : given.shape[1]] = 0
-        flow = self.transformer(x, times, self.text, attention[0])
+        flow = self._pass(x, times, self.text, attention[0])
         scale = self.schedule.guidance_at(self.chunk, sigma)
         if scale == 1 or self.negative is None:
             return flow
         # a first chunk has no history: without a cache of its own the negative text reads the same nothing
-        return torch.lerp(self.transformer(x, times, self.negative, attention[-1]), flow, scale)
+        return torch.lerp(self._pass(x, times, self.negative, attention[-1]), flow, scale)
 
     def _commit(self, latents: Tensor) -> None:
         start, frames = self.next_frame, latents.shape[1]

@@ -1,7 +1,8 @@
 """Krea Realtime: Wan 2.1 14B, distilled by Self-Forcing.
 
 Its loop keeps no cache over chunks: before each one it computes the keys and values of the last three clean
-latent frames anew, at positions from zero.
+latent frames anew, at positions from zero. The steps are those of its configuration file; the authors'
+server takes the warped ones beside them (937.5, 833.3) and one more pass at timestep 0, which is not here.
 """
 
 from __future__ import annotations

@@ -162,12 +162,23 @@ def test_tables_show_both_loops_the_phases_and_the_floor(report: dict[str, Any])
 def test_a_guided_model_asks_twice_with_two_caches() -> None:
     setup = make_setup("bounce", window=6, sink=0, height=16, width=16, device="cpu")
     guided = replace(setup, schedule=replace(setup.schedule, guidance=2.0, steps=(1000, 500)))
-    found = bench_rollout._benchmark(guided, 1, False, True, False, lambda *_: None)
+    found = bench_rollout._benchmark(guided, 1, False, True, False, False, lambda *_: None)
     assert found["model"]["passes"] == {"denoise": 4, "clean": 2}
     assert (
         found["memory"]["kv_resident_bytes"] == found["memory"]["kv_predicted_bytes"] == 2 * (setup.kv_bytes)
     )
     assert found["phases"] == {}
+
+
+def test_a_model_that_recomputes_its_context_has_no_clean_pass() -> None:
+    setup = make_setup("bounce", window=6, sink=0, height=16, width=16, steps=2, device="cpu")
+    setup = replace(setup, entry=replace(setup.entry, recompute_context=True))
+    found = bench_rollout._benchmark(setup, 1, False, True, True, False, lambda *_: None)
+    assert found["model"]["passes"] == {"denoise": 3, "clean": 0}
+    assert set(found["stock_to_vidkv"]) == {"denoise", "transformer", "end_to_end"}
+    assert set(found["phases"]["vidkv"]) == {"denoise"}
+    assert found["phases"]["vidkv"]["denoise"]["phases_s"][WRITE] > 0
+    Console(quiet=True).print(render(found))
 
 
 def test_the_command_prints_one_object_and_leaves_out_what_is_not_wanted(

@@ -12,6 +12,7 @@ from tests.tiny import LATENT_SIZE, build_rollout, build_text, build_transformer
 from vidkv.apps.stock_loop import StockAttention, StockLoop, stock_phases
 from vidkv.cache import CacheGeometry, CacheSpec
 from vidkv.kernels.rope import spatial_phases, temporal_phases
+from vidkv.rollout import Rollout
 from vidkv.schedule import FlowSchedule
 
 CHUNKS = 6
@@ -54,6 +55,18 @@ def test_guided_latents_are_those_of_a_guided_rollout() -> None:
         rollout.append(wanted)
         stock.append(wanted)
     assert stock.kv_bytes == 2 * stock.attentions[0].nbytes
+
+
+def test_latents_are_those_of_a_rollout_that_recomputes_its_context() -> None:
+    transformer = build_transformer()
+    text, spec = build_text(transformer), CacheSpec.parse("fp32,window=6,sink=0,positions=relative")
+    rollout = Rollout(transformer, text, spec, SCHEDULE, LATENT_SIZE, [7], 3, recompute_context=True)
+    stock = StockLoop(transformer, text, spec, SCHEDULE, LATENT_SIZE, [7], recompute_context=True)
+    for chunk in range(4):
+        wanted, found = rollout.denoise(), stock.denoise()
+        assert relative_l2(found, wanted) <= 1e-5, chunk
+        rollout.append(wanted)
+        stock.append(wanted)
 
 
 def test_a_loop_that_recomputes_its_context_depends_on_nothing_older() -> None:
