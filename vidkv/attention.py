@@ -185,7 +185,9 @@ class CachedAttention:
         """What two objects have in common if they launch the same kernels on the same memory."""
         runs = [run for run, _ in self.history] + [run for segment, _ in self.segments for run in segment]
         cuts = tuple(len(segment) for segment, _ in self.segments)
-        pools = tuple(id(pool) for pool in self.cache.pools.values())
+        # a pool that a fork has made grow lies elsewhere
+        buffers = [buffer for pool in self.cache.pools.values() for buffer in pool.storage.values()]
+        pools = tuple((buffer.data_ptr(), tuple(buffer.shape)) for buffer in buffers)
         return self.path, self.commit, pools, cuts, tuple((run.pool, len(run.slots)) for run in runs)
 
     def take(self, other: CachedAttention) -> None:

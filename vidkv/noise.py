@@ -123,7 +123,8 @@ class StockNoise:
         return self.first[:, start : start + frames]
 
     def fresh(self, chunk: int, step: int, frames: int) -> Tensor:
-        if chunk != self.chunk:
+        # a chunk given its initial noise begins here
+        if chunk != self.chunk or step == 1:
             self._enter(chunk)
         drawn = self._draw((self.batch * frames, *self.latent_size))
         return drawn.view(self.batch, frames, *self.latent_size)
@@ -150,6 +151,10 @@ class StockNoise:
             raise StateError(f"the saved noise's chunk is {chunk!r:.60}, not a number; the state is damaged")
         for name in ("generator", "before_chunk"):
             check_tensor(tensors, name, tuple(size), torch.uint8)
+            try:
+                torch.Generator(self.device).set_state(tensors[name].cpu())
+            except RuntimeError as error:
+                raise StateError(f"the saved noise's {name} is damaged: {error}") from None
         self.generator.set_state(tensors["generator"].cpu())
         self.chunk, self.before_chunk = chunk, tensors["before_chunk"].cpu()
 

@@ -356,8 +356,7 @@ class Rollout:
         """
         if not self.decoder or self.recompute_context:
             raise InputError("only a rollout with a decoder that keeps its cache can decode later")
-        if self._later is not None:
-            self._later.wait()
+        self._await_decoder()
         self._later = LaterFrames(self.decoder, latents, self._later)
         return self._later
 
@@ -369,6 +368,7 @@ class Rollout:
 
         Raises:
             InputError: not of this rollout's shape, no whole number of chunks, or chunks have been generated.
+            NumericsError: NaN or Inf among them; nothing has changed.
         """
         if self.chunk != self.prefix_chunks:
             raise InputError(f"a prefix comes first; {self.chunk - self.prefix_chunks} chunks were generated")
@@ -379,6 +379,7 @@ class Rollout:
                 f"a prefix of {frames} latent frames; this model takes {first} and then multiples of "
                 f"{self.chunk_frames}"
             )
+        self._check_finite(latents)
         parts = latents.tensor_split(list(range(first, frames, self.chunk_frames)), 1)
         chunks = []
         for part in parts:
@@ -415,6 +416,7 @@ class Rollout:
 
         Its part of the memory is free for the next fork when it is closed or dropped.
         """
+        self._await_decoder()
         other = Rollout(
             self.transformer, self.text, self.cache.spec, self.schedule, self.latent_size, self.seeds,
             self.chunk_frames, self.decoder.copy() if self.decoder else None, self.cache.fork(), self.path,
@@ -462,8 +464,7 @@ class Rollout:
             tensors |= {f"{name}.{key}": tensor for key, tensor in parts.items()}
         noise, headers["noise"] = self.noise.state()
         tensors |= {f"noise.{key}": tensor for key, tensor in noise.items()}
-        if self._later is not None:
-            self._later.wait()
+        self._await_decoder()
         if self.decoder:
             tensors |= {f"decoder.{name}": tensor.cpu() for name, tensor in self.decoder.state().items()}
         for name, kept in (("window_latents", self.window_latents), ("context_frames", self.context_frames)):
@@ -524,11 +525,14 @@ class Rollout:
         contexts = self._kept("context_frames", tensors, header, pixels, torch.uint8)
         noise = self.noise.copy()
         noise.restore(_under("noise.", tensors), entry(header, "noise", dict))
+        self._await_decoder()
         if self.decoder:
             self.decoder.restore(_under("decoder.", tensors), (len(self.seeds), height, width))
         for cache, parts in zip(self._caches(), saved.values(), strict=True):
             cache.restore(*parts)
-        self.noise, self.seeds = noise, tuple(entry(header["noise"], "seeds", list))
+        seeds = tuple(entry(header["noise"], "seeds", list))
+        # a stock source has one for the whole batch
+        self.noise, self.seeds = noise, seeds if len(seeds) == len(self.seeds) else self.seeds
         self.chunk, self.schedule, self.path = chunk, schedule, path
         self.prefix_chunks, self.prefix_frames = prefix
         self.window_latents, self.context_frames = latents, contexts
@@ -612,21 +616,29 @@ class Rollout:
             self._clean_pass(latents)
         for i in range(frames):
             self.window_latents[start + i] = latents[:, i].clone()
-        kept = {
-            *self.cache.layout.resident,
-            *range(self.next_frame - self.cache.spec.window, self.next_frame),
-        }
-        self.window_latents = {f: t for f, t in self.window_latents.items() if f in kept}
+        self._drop_latents()
         self.chunk += 1
         if self._transition is not None and self._transition.advance():
             self.text, self._transition = self._transition.after, None
 
+    def _drop_latents(self) -> None:
+        """Keep the clean latents of resident frames and of the window."""
+        window = range(self.next_frame - self.cache.spec.window, self.next_frame)
+        kept = {*self.cache.layout.resident, *window}
+        self.window_latents = {f: t for f, t in self.window_latents.items() if f in kept}
+
+    def _texts(self) -> list[TextContext]:
+        """One per cache."""
+        if self.negative_cache is None:
+            return [self.text]
+        if self.negative is None:
+            raise InputError("this schedule guides every chunk; give a negative prompt with set_text")
+        return [self.text, self.negative]
+
     def _clean_pass(self, latents: Tensor, at_once: bool = False) -> None:
         """Write the keys and values of clean latents into the cache, or both of them."""
         frames = latents.shape[1]
-        for cache, text in zip(self._caches(), (self.text, self.negative), strict=False):
-            if text is None:
-                raise InputError("this schedule guides every chunk; give a negative prompt with set_text")
+        for cache, text in zip(self._caches(), self._texts(), strict=True):
             cache.begin(frames, at_once)
             attention = CachedAttention(cache, self.path, commit=True)
             with cache.committing():
@@ -641,11 +653,13 @@ class Rollout:
             # the window's first frames are those that the sinks stand in for
             start += len(self.cache.layout.sinks)
         self._rebuild(range(start, self.next_frame), keep_sinks and start > 0, at_once)
+        self._drop_latents()
 
     def _rebuild(self, frames: range, keep_sinks: bool = False, at_once: bool = True) -> None:
         """Fill the caches from clean latents of these frames, which end where the rollout stands."""
         if not frames:
             return
+        self._texts()  # if one is missing, nothing is dropped
         for cache in self._caches():
             cache.forget(set(cache.layout.resident) - set(cache.layout.sinks if keep_sinks else ()))
             cache.seek(frames.start)
@@ -663,9 +677,15 @@ class Rollout:
             return self.context_encoder(pixels).to(self.device, self.dtype)
         return self.window_latents[frame]
 
+    def _await_decoder(self) -> None:
+        """Until the second stream is done with the decoder's memory."""
+        if self._later is not None:
+            self._later.wait()
+
     def _decode(self, latents: Tensor, start: int) -> Tensor | None:
         if not self.decoder:
             return None
+        self._await_decoder()
         frames = self.decoder.feed(latents)
         if self.recompute_context and self.context_encoder:
             for i in range(latents.shape[1]):
