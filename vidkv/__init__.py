@@ -14,7 +14,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 _HOMES = {
     "CacheSpec": "vidkv.cache",
@@ -26,7 +26,10 @@ _HOMES = {
     "MemoryPlan": "vidkv.memory",
     "PromptSchedule": "vidkv.prompts",
     "Rollout": "vidkv.rollout",
+    "StockNoise": "vidkv.noise",
     "StreamingDecoder": "vidkv.models.vae",
+    "StreamingEncoder": "vidkv.models.vae_encode",
+    "Tiling": "vidkv.models.vae_tiles",
     "VidkvError": "vidkv.errors",
     "load_rollout": "vidkv.state",
     "save_rollout": "vidkv.state",
@@ -41,7 +44,10 @@ __all__ = [
     "MemoryPlan",
     "PromptSchedule",
     "Rollout",
+    "StockNoise",
     "StreamingDecoder",
+    "StreamingEncoder",
+    "Tiling",
     "VidkvError",
     "__version__",
     "load_rollout",
@@ -53,7 +59,10 @@ if TYPE_CHECKING:
     from vidkv.errors import VidkvError
     from vidkv.memory import MemoryPlan
     from vidkv.models.vae import StreamingDecoder
+    from vidkv.models.vae_encode import StreamingEncoder
+    from vidkv.models.vae_tiles import Tiling
     from vidkv.models.wan import CausalWanTransformer3DModel
+    from vidkv.noise import StockNoise
     from vidkv.pipeline import CausalVideoPipeline
     from vidkv.prompts import PromptSchedule
     from vidkv.rollout import Chunk, Rollout

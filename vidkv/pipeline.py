@@ -463,7 +463,8 @@ class CausalVideoPipeline(DiffusionPipeline, LoraPipelineMixin):
         negative_prompts = [] if negative_prompt is None else [negative_prompt]
         if prompt_embeds is not None:
             negative = None
-            if rollout.schedule.guidance != 1:
+            guided = rollout.schedule.guidance_at(0, 1.0) != 1
+            if rollout.schedule.guidance != 1 or (guided and negative_prompts):
                 wanted = negative_prompts or [self.entry.negative_prompt]
                 negative = self.encode_prompt(wanted * len(rollout.seeds))
             rollout.set_text(self.text_context(prompt_embeds), negative)
@@ -492,7 +493,8 @@ class CausalVideoPipeline(DiffusionPipeline, LoraPipelineMixin):
             return start
         chunks = chunks_for(num_frames, rollout.chunk_frames, first=rollout.first_chunk_frames)
         frames = latents_before(chunks, rollout.chunk_frames, rollout.first_chunk_frames)
-        frames -= 0 if start is None or self.entry.image_held else start.shape[1]
+        # less than the first chunk is held inside it
+        frames -= start.shape[1] if start is not None and start.shape[1] >= rollout.first_chunk_frames else 0
         wanted = (len(rollout.seeds), frames, *rollout.latent_size)
         if latents is not None and tuple(latents.shape) != wanted:
             raise InputError(f"latents are {tuple(latents.shape)}; {num_frames} frames need {wanted}")
@@ -561,7 +563,7 @@ class CausalVideoPipeline(DiffusionPipeline, LoraPipelineMixin):
                     self.set_prompt(rollout, wanted, negative_prompt, cast(Switch, way))
                     texts = wanted
                 given, start = start, None
-                if given is not None and not self.entry.image_held:
+                if given is not None and given.shape[1] >= first:
                     _awaken(self.vae)
                     for chunk in rollout.prefill(given):
                         bar.update()
