@@ -12,7 +12,6 @@ from vidkv.cache import CacheSpec
 from vidkv.errors import InputError, ResourceError
 from vidkv.memory import (
     OFFLOADS,
-    USABLE,
     MemoryPlan,
     MemorySettings,
     card_bytes,
@@ -20,10 +19,10 @@ from vidkv.memory import (
     gigabytes,
     own_guidance,
     pixel_size,
-    usable_bytes,
 )
 from vidkv.models.families.base import ModelEntry
 from vidkv.models.weights import check_precision
+from vidkv.room import USABLE, usable_bytes
 
 if TYPE_CHECKING:
     from rich.console import Group

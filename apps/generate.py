@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import resource
 import signal
 import time
@@ -27,16 +28,17 @@ from vidkv.errors import (
     VidkvError,
 )
 from vidkv.loading import find_model, model_entry
-from vidkv.memory import OFFLOADS, check_fits, pixel_size, plan_memory, usable_bytes
+from vidkv.memory import OFFLOADS, check_fits, pixel_size, plan_memory
 from vidkv.models.checkpoints.folders import read_json, require_tokenizer
 from vidkv.models.families.base import ModelEntry
 from vidkv.models.registry import canonical_prompt
 from vidkv.models.vae import pixel_frames
 from vidkv.models.vae_tiles import Tiling
 from vidkv.models.weights import check_library, check_precision
-from vidkv.pipeline import CausalVideoPipeline, chunks_for, frames_for, latents_before
+from vidkv.pipeline import CausalVideoPipeline, chunks_for, frames_for, latents_before, spelled_negative
 from vidkv.prompts import PromptSchedule
 from vidkv.rollout import Switch
+from vidkv.room import usable_bytes
 from vidkv.schedule import FlowSchedule
 from vidkv.segments import (
     SegmentWriter,
@@ -120,7 +122,7 @@ class Plan:
 
     @property
     def chunks(self) -> int:
-        first = 1 if self.request.image and not self.entry.image_held else self.entry.first_chunk_frames
+        first = _first_chunk_frames(self.request, self.entry)
         return chunks_for(self.frames, self.entry.chunk_frames, first=first)
 
 
@@ -148,9 +150,13 @@ def plan(request: Request) -> Plan:
     schedule = PromptSchedule.of(request.prompts, canonical_prompt(str(grammar) if grammar else None))
     device = pick_device(request.device)
     frames = frames_for(request.seconds, entry.fps)
-    _check_switches(schedule, entry, frames)
+    _check_switches(schedule, entry, frames, _first_chunk_frames(request, entry))
     if request.steps is not None:
         FlowSchedule().with_steps(request.steps)
+    if request.guidance is not None:
+        FlowSchedule(guidance=request.guidance)
+    if request.negative is not None:
+        spelled_negative(request.negative, str(grammar) if grammar else None)
     spec = cache_spec(entry, request.cache, device)
     size = pixel_size(entry, request.height, request.width)
     if device == "cpu" and request.offload in ("model", "group"):
@@ -182,14 +188,25 @@ def _check_choices(request: Request) -> None:
     for path in (request.image, request.video, request.vae, *(path for path, _ in request.loras)):
         if path is not None and not path.exists():
             raise InputError(f"there is no file {path}")
+    for path, scale in request.loras:
+        if not math.isfinite(scale):
+            raise InputError(f"a LoRA weight of {scale} for {path} cannot be used; give a finite number")
     if request.tile:
         Tiling(*request.tile)
 
 
-def _check_switches(schedule: PromptSchedule, entry: ModelEntry, frames: int) -> None:
-    """Refuse a prompt after the beginning of the last chunk: it would never be shown."""
+def _first_chunk_frames(request: Request, entry: ModelEntry) -> int | None:
+    """Latent frames of the first chunk where it differs: an image is a chunk of its own."""
+    return 1 if request.image and not entry.image_held else entry.first_chunk_frames
+
+
+def _check_switches(schedule: PromptSchedule, entry: ModelEntry, frames: int, first: int | None) -> None:
+    """Refuse a prompt after the beginning of the last chunk: it would never be shown.
+
+    Args:
+        first: latent frames of the first chunk where it differs.
+    """
     second = schedule.entries[-1][0]
-    first = entry.first_chunk_frames
     chunks = chunks_for(frames, entry.chunk_frames, first=first)
     before = latents_before(chunks - 1, entry.chunk_frames, first)
     last = pixel_frames(before) / entry.fps

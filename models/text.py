@@ -11,9 +11,9 @@ import html
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+import ftfy
 import torch
 from torch import Tensor
 
@@ -43,15 +43,10 @@ class PromptTokens:
 def clean_prompt(text: str) -> str:
     """A prompt as stock tokenizers see it.
 
-    Mis-decoded and full-width characters and curly quotes are made plain by ftfy, which stock code requires;
-    where it is not installed they stay as they are. Then HTML entities are unescaped twice and every run of
-    whitespace becomes one space.
+    Mis-decoded and full-width characters and curly quotes are made plain by ftfy, then HTML entities are
+    unescaped twice and every run of whitespace becomes one space.
     """
-    if find_spec("ftfy"):
-        import ftfy
-
-        text = ftfy.fix_text(text)
-    text = html.unescape(html.unescape(text))
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return re.sub(r"\s+", " ", text).strip()
 
 

@@ -17,15 +17,13 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import UMT5Config, UMT5EncoderModel
 
 from tests.tiny import build_pipeline, noise
+from vidkv.activations import LiveBytes
 from vidkv.cache import CacheGeometry, CacheSpec
 from vidkv.errors import CacheSpecError, InputError, ResourceError
 from vidkv.memory import (
     OFFLOADS,
     PLACEMENTS,
     MemorySettings,
-    _group_room,
-    _Live,
-    available_bytes,
     card_bytes,
     check_fits,
     gigabytes,
@@ -37,12 +35,12 @@ from vidkv.memory import (
     plan_memory,
     read_bytes,
     remedies,
-    usable_bytes,
 )
 from vidkv.models.registry import MODELS
 from vidkv.models.vae import StreamingDecoder
 from vidkv.models.wan import CausalWanTransformer3DModel
 from vidkv.models.weights import set_precision, weight_bytes
+from vidkv.room import _group_room, available_bytes, usable_bytes
 
 BOUNCE, WAN, FORCING = MODELS["bounce"], MODELS["wan2.1-1.3b"], MODELS["self-forcing-1.3b"]
 GB = 10**9
@@ -192,7 +190,7 @@ class TestAgainstTheRealThing:
 
 class TestIntermediates:
     def test_what_is_alive_at_once(self) -> None:
-        with _Live() as live:
+        with LiveBytes() as live:
             a = torch.empty(100, device="meta")
             b = a + 1
             view = b[:10]
@@ -208,7 +206,7 @@ class TestIntermediates:
 
     def test_what_was_there_before_does_not_count(self) -> None:
         weight = torch.empty(50, 50, device="meta")
-        with _Live() as live:
+        with LiveBytes() as live:
             result = nn.functional.linear(torch.empty(2, 50, device="meta"), weight.view(50, 50))
         assert live.peak == 2 * (2 * 50 * 4) and result.shape == (2, 50)
 
@@ -459,7 +457,7 @@ def follow(settings: MemorySettings, text: str) -> MemorySettings:
 
 class TestAvailable:
     def test_a_gpu_is_not_filled_whole(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("vidkv.memory.available_bytes", lambda device: 1000)
+        monkeypatch.setattr("vidkv.room.available_bytes", lambda device: 1000)
         assert usable_bytes("cuda:1") == 950 and usable_bytes("cpu") == 1000
 
     def test_what_torch_holds_idle_is_free(self, monkeypatch: pytest.MonkeyPatch) -> None:

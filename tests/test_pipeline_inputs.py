@@ -1,4 +1,4 @@
-"""What a pipeline can be given beside a prompt: pictures, videos, other decoders, weights, noise, guidance."""
+"""What a pipeline takes beside a prompt: pictures, videos, other decoders, weights, noise and guidance."""
 
 from __future__ import annotations
 
@@ -411,6 +411,13 @@ class TestGuidance:
         pipe = build_pipeline(model=entry.name, guidance=3.0, prompt_grammar=None)
         assert torch.equal(latents_of(pipe), latents_of(pipe, negative_prompt=OTHER))
         assert not torch.equal(latents_of(pipe), latents_of(pipe, negative_prompt="a house"))
+
+    def test_an_empty_negative_prompt(self) -> None:
+        """Of free text it is what guidance leads away from anyway; a grammar has no empty sentence."""
+        pipe = build_pipeline(guidance=3.0, prompt_grammar=None)
+        assert torch.equal(latents_of(pipe, negative_prompt=""), latents_of(pipe))
+        with pytest.raises(InputError, match="prompt is empty"):
+            latents_of(build_pipeline(guidance=3.0), negative_prompt="")
 
     @pytest.mark.parametrize("settings", [{"guidance": 3.0}, {"first_chunk_guidance": 3.0}])
     def test_embeddings_instead_of_the_prompt(self, settings: dict[str, float]) -> None:

@@ -319,9 +319,7 @@ class TestLerp:
         assert rollout.text is third
 
     @pytest.mark.parametrize("which", ["old", "new"])
-    def test_needs_embeddings(
-        self, model: CausalWanTransformer3DModel, new: TextContext, which: str
-    ) -> None:
+    def test_needs_embeddings(self, model: CausalWanTransformer3DModel, new: TextContext, which: str) -> None:
         rollout = started(model, 1)
         if which == "old":
             rollout.set_text(replace(rollout.text, embeds=None))

@@ -3,33 +3,29 @@
 Weights, pages and the VAE's streaming caches are exact. Intermediates are traced: one transformer block, the
 decoder over one chunk and one layer of the text encoder run without memory behind their tensors, and the most
 that is alive at once is counted. What a library takes beside its tensors (a convolution's workspace, the
-context of a GPU, an allocator's fragments) is not: see `USABLE`.
+context of a GPU, an allocator's fragments) is not: see `room.USABLE`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from itertools import combinations
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from accelerate import init_empty_weights
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
+from vidkv.activations import decode_activations, pass_activations, text_activations
 from vidkv.cache import CacheGeometry, CacheSpec, planned_bytes
 from vidkv.cache.formats import FORMATS
 from vidkv.cache.kv_cache import planned_pools
 from vidkv.errors import InputError, ResourceError
 from vidkv.models.families.base import ModelEntry
 from vidkv.models.weights import Precision, cast_bytes, planned_weight_bytes, precision_of, weight_bytes
+from vidkv.room import USABLE
 
 if TYPE_CHECKING:
     from diffusers.models.modeling_utils import ModelMixin
@@ -38,8 +34,6 @@ Placement = Literal["resident", "offload_text", "cpu_offload", "group_offload"]
 PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 OFFLOADS: dict[str, Placement] = dict(zip(("none", "text", "model", "group"), PLACEMENTS, strict=True))
 """Placements by their names on the command line."""
-USABLE = 0.95
-"""Part of a card that plans may fill; the rest is for the GPU's context, workspaces and fragments."""
 RESIDENT_BLOCKS = 2
 """Blocks on the device while a transformer is streamed: one computes, the next arrives."""
 MERGE_BYTES = 4
@@ -222,13 +216,13 @@ def plan_loaded(
         guidance: scale of every chunk.
     """
     dtype, config = transformer.dtype, transformer.config
-    text, text_activations = 0, 0
+    text, encoding = 0, 0
     if text_encoder is not None:
         kept = next(text_encoder.parameters()).dtype
         text = weight_bytes(text_encoder)
-        text_activations = _text_activations(text_encoder, text_tokens, batch, kept)
-        text_activations += cast_bytes(text_encoder, precision_of(text_encoder), kept)
-    traced = _pass_activations(transformer, latent, chunk_frames, batch, dtype)
+        encoding = text_activations(text_encoder, text_tokens, batch, kept)
+        encoding += cast_bytes(text_encoder, precision_of(text_encoder), kept)
+    traced = pass_activations(transformer, latent, chunk_frames, batch, dtype)
     stored = precision_of(transformer)
     size, block = weight_bytes(transformer), weight_bytes(transformer.blocks[0])
     parts = _Parts(
@@ -239,8 +233,8 @@ def plan_loaded(
         features=_feature_elements(vae, *latent) * batch * vae.dtype.itemsize,
         activations=_Activations(
             *traced,
-            text_activations,
-            _decode_activations(vae, latent, chunk_frames, batch, vae.dtype),
+            encoding,
+            decode_activations(vae, latent, chunk_frames, batch, vae.dtype),
             cast_bytes(transformer, stored, dtype),
         ),
         context=_context_bytes(config, text_tokens, batch, dtype),
@@ -286,67 +280,6 @@ def card_bytes(gigabytes: float) -> int:
     if not 0 < gigabytes < 1e6:
         raise InputError(f"card={gigabytes:g}: give a card's memory in GB, such as 24 or 80")
     return int(gigabytes * 1e9 * USABLE)
-
-
-def available_bytes(device: torch.device | str) -> int | None:
-    """Memory that can be had without swapping; None where the system does not say.
-
-    On a GPU what torch holds without using it counts as free; on the CPU the limits of the control group
-    count, which a container may set far below the machine's memory.
-    """
-    kind = torch.device(device)
-    if kind.type == "cuda":
-        held = torch.cuda.memory_reserved(kind) - torch.cuda.memory_allocated(kind)
-        return int(torch.cuda.mem_get_info(kind)[0]) + held
-    groups = _group_room(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
-    found = [*_machine_room(Path("/proc/meminfo")), *groups]
-    return max(0, min(found)) if found else None
-
-
-def usable_bytes(device: torch.device | str) -> int | None:
-    """What plans may fill of `available_bytes`: on a GPU `USABLE` of it, on the CPU all."""
-    free = available_bytes(device)
-    return int(free * USABLE) if free is not None and torch.device(device).type == "cuda" else free
-
-
-def _machine_room(meminfo: Path) -> Iterator[int]:
-    with contextlib.suppress(OSError):
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                yield int(line.split()[1]) * 1024
-
-
-def _group_room(membership: Path, root: Path) -> Iterator[int]:
-    """What each control group above this process has left, file caches that it would give up included.
-
-    Version 2 has one tree, version 1 one of its own for memory.
-    """
-    files = {
-        "": ("memory.max", "memory.current", "inactive_file"),
-        "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    }
-    try:
-        lines = [line.split(":", 2) for line in membership.read_text().splitlines()]
-    except OSError:
-        return
-    for _, controllers, path in (line for line in lines if len(line) == 3):
-        kind = "memory" if "memory" in controllers.split(",") else controllers
-        if kind not in files:
-            continue
-        limit_file, usage_file, cached = files[kind]
-        top = root / kind
-        # inside a container the path may be that of the host, which is not to be seen there
-        group = (top / path.lstrip("/")).resolve()
-        if not group.is_relative_to(top.resolve()) or not group.is_dir():
-            group = top.resolve()
-        for folder in (group, *group.parents):
-            with contextlib.suppress(OSError, ValueError):
-                # "max" is no number: no limit
-                limit, used = (int((folder / name).read_text()) for name in (limit_file, usage_file))
-                counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                yield limit - used + int(counts.get(cached, 0))
-            if folder == top.resolve():
-                break
 
 
 def check_fits(
@@ -699,116 +632,7 @@ def _entry_activations(
     entry = MODELS[name]
     transformer, vae, text = empty_models(name)
     return _Activations(
-        *_pass_activations(transformer, latent, chunk_frames, batch, dtype),
-        _text_activations(text, entry.text_tokens, batch, dtype),
-        _decode_activations(vae, latent, chunk_frames, batch, dtype),
+        *pass_activations(transformer, latent, chunk_frames, batch, dtype),
+        text_activations(text, entry.text_tokens, batch, dtype),
+        decode_activations(vae, latent, chunk_frames, batch, dtype),
     )
-
-
-def _pass_activations(
-    model: ModelMixin, latent: tuple[int, int], chunk_frames: int, batch: int, dtype: torch.dtype
-) -> tuple[int, int]:
-    """Bytes alive in a pass of one block: outside self-attention, and while it reads.
-
-    Blocks come one after the other, so that one is as much as all of them.
-    """
-    from vidkv.models.wan import Attend, TextContext
-
-    with init_empty_weights():
-        shallow = type(model).from_config({**model.config, "num_layers": 1})
-    # diffusers' own `to` warns of modules that it would load in float32
-    nn.Module.to(shallow, dtype)
-    config = shallow.config
-    heads, width = config.num_attention_heads, config.attention_head_dim
-    latents = torch.empty(batch, chunk_frames, config.in_channels, *latent, dtype=dtype, device="meta")
-    # a context is counted by itself, and how long it is changes nothing beside it
-    text = torch.empty(batch, heads, 1, width, dtype=dtype, device="meta")
-    reading = 0
-
-    class Attention:
-        def layer(self, index: int) -> Attend:
-            return self.attend
-
-        def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            nonlocal reading
-            out = torch.empty_like(q)
-            reading = live.bytes
-            return out
-
-    with torch.no_grad(), _Live() as live, _Fused():
-        shallow(
-            latents, torch.empty(batch, chunk_frames, device="meta"), TextContext([text], [text]), Attention()
-        )
-    return live.peak, reading
-
-
-def _text_activations(encoder: nn.Module, tokens: int, batch: int, dtype: torch.dtype) -> int:
-    """Bytes alive while prompts pass through one layer of the text encoder."""
-    config: Any = encoder.config
-    with init_empty_weights():
-        shallow = type(encoder)(type(config)(**{**config.to_dict(), "num_layers": 1})).to(dtype).eval()
-    ids = torch.zeros(batch, tokens, dtype=torch.int64, device="meta")
-    with torch.no_grad(), _Live() as live, _Fused():
-        # a mask's values would be looked at; it is small
-        shallow(input_ids=ids)
-    return live.peak
-
-
-def _decode_activations(
-    vae: ModelMixin, latent: tuple[int, int], chunk_frames: int, batch: int, dtype: torch.dtype
-) -> int:
-    """Bytes alive while a later chunk is decoded, the features kept before it not counted."""
-    from vidkv.models.vae import StreamingDecoder
-
-    with init_empty_weights():
-        empty = type(vae).from_config(dict(vae.config))
-    nn.Module.to(empty, dtype)
-    decoder = StreamingDecoder(empty)
-    shape = (batch, chunk_frames, empty.config.z_dim, *latent)
-    with torch.no_grad(), _Fused(), _Live() as live:
-        for _ in range(2):
-            latents = torch.empty(shape, dtype=dtype, device="meta")
-            before, live.peak = live.bytes, live.bytes
-            decoder.feed(latents)
-    return live.peak - before
-
-
-class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of tensors made inside that are still alive, and the most there ever were."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.bytes = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                key = storage._cdata
-                # what was there before is none of ours
-                if key not in self._known and key not in given:
-                    self._known.add(key)
-                    self.bytes += storage.nbytes()
-                    weakref.finalize(storage, self._forget, key, storage.nbytes()).atexit = False
-        self.peak = max(self.peak, self.bytes)
-        return out
-
-    def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.bytes -= size
-
-
-class _Fused(TorchFunctionMode):
-    """Gives what devices compute in one kernel as one tensor; without one, torch writes every part out."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func in (nn.functional.scaled_dot_product_attention, nn.functional.rms_norm):
-            return torch.empty_like(args[0])
-        return func(*args, **(kwargs or {}))

@@ -409,10 +409,14 @@ class CausalVideoPipeline(DiffusionPipeline, LoraPipelineMixin):
         """What guidance leads away from, for each prompt."""
         grammar = self.config.prompt_grammar
         if negative_prompt is not None:
-            return [canonical_prompt(grammar)(negative_prompt)] * len(prompts)
+            return [self._spelled(negative_prompt)] * len(prompts)
         if grammar is None and self.entry.negative_prompt:
             return [self.entry.negative_prompt] * len(prompts)
         return [contrast_prompt(grammar)(prompt) for prompt in prompts]
+
+    def _spelled(self, negative_prompt: str) -> str:
+        """A negative prompt as the model wants it; without a grammar it may be empty."""
+        return spelled_negative(negative_prompt, self.config.prompt_grammar)
 
     def _encoder(self) -> PromptEncoder:
         """What turns prompts into embeddings; of a text encoder that is a part of this pipeline, it."""
@@ -460,7 +464,7 @@ class CausalVideoPipeline(DiffusionPipeline, LoraPipelineMixin):
             height, width, schedule=schedule, seed=_seed(seed, generator),
             batch=len(prompts) if prompts else _batch(prompt_embeds), cache=cache, decode=decode,
         )  # fmt: skip
-        negative_prompts = [] if negative_prompt is None else [negative_prompt]
+        negative_prompts = [] if negative_prompt is None else [self._spelled(negative_prompt)]
         if prompt_embeds is not None:
             negative = None
             guided = rollout.schedule.guidance_at(0, 1.0) != 1
@@ -638,6 +642,15 @@ class CausalVideoPipeline(DiffusionPipeline, LoraPipelineMixin):
 
 class _Interrupted(Cancelled):
     """`_interrupt` was set in the middle of a chunk."""
+
+
+def spelled_negative(text: str, grammar: str | None) -> str:
+    """A negative prompt as a model with this grammar wants it; free text may be empty.
+
+    Raises:
+        PromptError: nothing that the grammar knows.
+    """
+    return text if grammar is None and not text.strip() else canonical_prompt(grammar)(text)
 
 
 def frames_for(seconds: float, fps: int) -> int:

@@ -827,3 +827,144 @@ class TestPool:
         pool.cancel(2)
         pool.reserve(2)
         assert pool.slots == 4
+
+
+class TestForget:
+    """Frames that are dropped between two chunks, and a next chunk that begins elsewhere."""
+
+    @pytest.mark.parametrize("format", FORMATS)
+    @pytest.mark.parametrize("positions", ["relative", "absolute"])
+    def test_the_others_stay(self, format: str, positions: str) -> None:
+        """Byte for byte, in order; later chunks read them and fill the room."""
+        cache, oracle = filled(f"{format},window=11,sink=2,segment=3,positions={positions}", 5)
+        kept = {frame: page_hash(cache, frame) for frame in (0, 1, 10, 14)}
+        # one that has left, one never seen, and one twice
+        cache.forget([9, 11, 12, 13, 13, 3, 99])
+        oracle.frames = [frame for frame in oracle.frames if frame.index in kept]
+        assert cache.layout.resident == tuple(kept) and cache.layout.sinks == (0, 1)
+        assert {frame: page_hash(cache, frame) for frame in cache.layout.resident} == kept
+        cache.check_integrity()
+        pools_are_consistent([cache])
+        for i in range(4):
+            poison_free_slots(cache)
+            step(cache, oracle, 3, 10 * i)
+            pools_are_consistent([cache])
+
+    @given(settings_of_a_cache(), st.data())
+    @settings(max_examples=40)
+    def test_whatever_is_dropped(self, config: tuple[CacheSpec, CacheGeometry], data: st.DataObject) -> None:
+        spec, geometry = config
+        cache, oracle = KVCache(spec, geometry), Oracle(spec, geometry)
+        for i in range(12):
+            step(cache, oracle, data.draw(st.integers(1, geometry.chunk_frames)), 10 * i)
+            free = [frame for frame in cache.layout.resident if frame not in cache.layout.sinks]
+            dropped = data.draw(st.sets(st.sampled_from(free))) if free else set()
+            cache.forget(dropped)
+            oracle.frames = [frame for frame in oracle.frames if frame.index not in dropped]
+            cache.check_integrity()
+            pools_are_consistent([cache])
+            poison_free_slots(cache)
+
+    def test_sinks_too(self) -> None:
+        """Then the next frames become sinks, wherever they are."""
+        cache, _ = filled("int8,window=9,sink=2,keep_sinks", 4)
+        cache.forget(cache.layout.resident)
+        assert not cache.table and cache.layout.resident == cache.layout.sinks == ()
+        cache.check_integrity()
+        cache.seek(30)
+        oracle = Oracle(cache.spec, TINY, mean=cache.key_mean)
+        oracle.next_frame = 30
+        keys, values = chunk_tensors(TINY, 3, 5)
+        assert cache.begin(3).start == 30
+        with cache.committing():
+            for layer in range(TINY.layers):
+                cache.write(layer, keys[layer], values[layer])
+        assert cache.layout.resident == (30, 31, 32) and cache.layout.sinks == (30, 31)
+        assert [cache.table[frame].pool for frame in (30, 31, 32)] == ["full", "full", "pages"]
+        cache.check_integrity()
+        pools_are_consistent([cache])
+
+    def test_nothing(self) -> None:
+        cache, oracle = filled("int8,window=9,sink=2", 4)
+        cache.forget([])
+        cache.forget([100])
+        step(cache, oracle, 3, 8)
+
+    def test_in_one_branch_alone(self) -> None:
+        cache, oracle = filled("int8,window=9,sink=2,keep_newest", 4)
+        other, other_oracle = cache.fork(), oracle.fork()
+        other.forget([8, 9, 10])
+        other_oracle.frames = [frame for frame in other_oracle.frames if frame.index in (0, 1, 11)]
+        pools_are_consistent([cache, other])
+        for i in range(3):
+            step(cache, oracle, 3, 20 + i)
+            step(other, other_oracle, 3, 30 + i)
+            pools_are_consistent([cache, other])
+
+    def test_survives_saving(self) -> None:
+        cache, oracle = filled("int8,window=9,sink=2", 4)
+        cache.forget([9, 10, 11])
+        cache.seek(20)
+        oracle.frames = [frame for frame in oracle.frames if frame.index < 9]
+        oracle.next_frame = 20
+        other, _ = filled("int8,window=9,sink=2", 2)
+        other.restore(*cache.state_tensors())
+        other.check_integrity()
+        for both in (cache, other):
+            step(both, oracle.fork(), 3, 8)
+        assert cache.layout.resident == other.layout.resident == (0, 1, 8, 20, 21, 22)
+
+    def test_seeking_behind_what_is_resident(self) -> None:
+        cache, oracle = filled("fp32,window=9,sink=2", 4)
+        for frame in (0, 8, 11):
+            with pytest.raises(CacheStateError, match=f"frame {frame} does not lie behind"):
+                cache.seek(frame)
+        step(cache, oracle, 3, 8)
+        cache.forget([frame for frame in cache.layout.resident if frame > 1])
+        cache.seek(2)
+        assert cache.begin(3).start == 2
+        cache.abandon()
+        cache.check_integrity()
+
+    @pytest.mark.parametrize("enter_state", ["open", "closed"])
+    def test_only_between_chunks(self, enter_state: str) -> None:
+        cache, _ = filled("fp32,window=9,sink=2", 2)
+        if enter_state == "open":
+            cache.begin(3)
+        else:
+            cache.close()
+        with pytest.raises(CacheStateError, match=f"the cache is {enter_state}"):
+            cache.forget([0])
+        with pytest.raises(CacheStateError, match=f"the cache is {enter_state}"):
+            cache.seek(50)
+
+
+class TestAtOnce:
+    @pytest.mark.parametrize("format", FORMATS)
+    @pytest.mark.parametrize("frames", [4, 7, 9])
+    def test_more_than_a_chunk(self, format: str, frames: int) -> None:
+        """Of what does not fit, the sinks and the newest stay; chunks after it are as usual."""
+        cache = KVCache(CacheSpec.parse(f"{format},window=9,sink=2"), TINY)
+        oracle = Oracle(cache.spec, TINY)
+        keys, values = chunk_tensors(TINY, frames, 3)
+        assert cache.begin(frames, at_once=True).frames == frames
+        with cache.committing():
+            for layer in range(TINY.layers):
+                cache.write(layer, keys[layer], values[layer])
+        oracle.commit(keys, values)
+        cache.check_integrity()
+        pools_are_consistent([cache])
+        assert cache.layout.sinks == (0, 1)
+        for i in range(3):
+            poison_free_slots(cache)
+            step(cache, oracle, 3, 10 * i)
+
+    def test_no_more_than_the_window(self) -> None:
+        cache, oracle = filled("fp32,window=9,sink=2", 2)
+        with pytest.raises(CacheStateError, match="a chunk of 10 latent frames; this cache takes 1 to 9"):
+            cache.begin(10, at_once=True)
+        with pytest.raises(CacheStateError, match="a chunk of 4 latent frames; this cache takes 1 to 3"):
+            cache.begin(4)
+        with pytest.raises(CacheStateError, match="a chunk of 0 latent frames"):
+            cache.begin(0, at_once=True)
+        step(cache, oracle, 3, 8)
