@@ -8,7 +8,7 @@ import math
 import resource
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -164,7 +164,8 @@ def plan(request: Request) -> Plan:
     memory = plan_memory(
         entry, spec, *size, dtype=compute_dtype(device), weights=check_precision(request.weights),
         text_weights=check_precision(request.text_weights or request.weights),
-        placement=OFFLOADS[request.offload], guidance=request.guidance, overlap=device == "cuda",
+        placement=OFFLOADS[request.offload], guidance=_lasting_guidance(request, entry, config),
+        overlap=device == "cuda",
     )  # fmt: skip
     allowed = {"kv-format", "window", "size", "weights"} | ({"offload"} if device == "cuda" else set())
     check_fits(memory, usable_bytes(device), device, allowed)
@@ -198,6 +199,13 @@ def _check_choices(request: Request) -> None:
 def _first_chunk_frames(request: Request, entry: ModelEntry) -> int | None:
     """Latent frames of the first chunk where it differs: an image is a chunk of its own."""
     return 1 if request.image and not entry.image_held else entry.first_chunk_frames
+
+
+def _lasting_guidance(request: Request, entry: ModelEntry, config: Mapping[str, object]) -> float:
+    """Guidance scale of every chunk; of a model that is not guided throughout --guidance is the first's."""
+    own = config.get("guidance")
+    lasting = own_guidance(entry) if own is None else float(cast(Any, own))
+    return lasting if lasting == 1 or request.guidance is None else request.guidance
 
 
 def _check_switches(schedule: PromptSchedule, entry: ModelEntry, frames: int, first: int | None) -> None:

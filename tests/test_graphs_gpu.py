@@ -1,4 +1,4 @@
-"""Recorded passes: replayed, they are the eager ones bit for bit; and a second stream decodes the same frames."""
+"""Recorded passes replayed are the eager ones bit for bit; a second stream decodes the same frames."""
 
 from __future__ import annotations
 
@@ -73,12 +73,13 @@ def steps_agree(replayed: Rollout, eager: Rollout, chunks: int) -> None:
         assert found.stats.lossy_pages_read == wanted.stats.lossy_pages_read
 
 
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
+def model(request: pytest.FixtureRequest) -> CausalWanTransformer3DModel:
+    return build_transformer(num_attention_heads=2, attention_head_dim=64).to("cuda", request.param)
+
+
 @pytest.mark.gpu
 class TestReplayed:
-    @pytest.fixture(scope="class", params=[torch.float32, torch.bfloat16], ids=str)
-    def model(self, request: Any) -> CausalWanTransformer3DModel:
-        return build_transformer(num_attention_heads=2, attention_head_dim=64).to("cuda", request.param)
-
     @pytest.mark.parametrize("schedule", [FEW_STEPS, GUIDED], ids=["few steps", "guided unipc"])
     @pytest.mark.parametrize("spec", SPECS)
     def test_is_eager_bit_for_bit(
@@ -221,7 +222,7 @@ class TestSignature:
             assert CachedAttention(cache).steady is (chunk >= FULL_AFTER)
             cache.abandon()
             self.commit(cache, chunk)
-        cache.forget([8])
+        cache.forget([12])
         cache.begin(3)
         attention = CachedAttention(cache)
         assert not attention.steady

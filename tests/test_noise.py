@@ -214,11 +214,12 @@ class TestStockNoise:
         assert same(in_order(source, 1), in_order(straight, 1))
 
 
-class TestStockRollout:
-    @pytest.fixture(scope="class")
-    def model(self) -> CausalWanTransformer3DModel:
-        return build_transformer()
+@pytest.fixture(scope="module")
+def model() -> CausalWanTransformer3DModel:
+    return build_transformer()
 
+
+class TestStockRollout:
     def build(
         self, model: CausalWanTransformer3DModel, seed: int = 7, frames: int = 15, batch: int = 1
     ) -> Rollout:

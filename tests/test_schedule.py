@@ -200,10 +200,10 @@ class TestSolvers:
 
     def test_unipc_is_of_second_order(self) -> None:
         """Half the step, a quarter of the error, where the exact way is known; Euler's is halved."""
-        deviation = 0.5
+        deviation = 2.0
         errors: dict[str, list[float]] = {}
         for sampler in ("euler", "unipc"):
-            for number in (10, 20, 40):
+            for number in (20, 40, 80):
                 schedule = FlowSchedule(shift=1.0, sampler=sampler).with_steps(number)
                 sigma = schedule.sigmas(0)[0]
                 x = torch.ones(1, 1, 1, 1, 1, dtype=torch.float64)

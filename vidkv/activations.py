@@ -70,13 +70,14 @@ def decode_activations(
     vae: ModelMixin, latent: tuple[int, int], chunk_frames: int, batch: int, dtype: torch.dtype
 ) -> int:
     """Bytes alive while a later chunk is decoded, the features kept before it not counted."""
-    from vidkv.models.vae import StreamingDecoder
+    from vidkv.models.vae_decoders import streaming_decoder
 
     with init_empty_weights():
         empty = type(vae).from_config(dict(vae.config))
     nn.Module.to(empty, dtype)
-    decoder = StreamingDecoder(empty)
-    shape = (batch, chunk_frames, empty.config.z_dim, *latent)
+    decoder = streaming_decoder(empty)
+    channels = getattr(empty.config, "z_dim", None) or empty.config.latent_channels
+    shape = (batch, chunk_frames, channels, *latent)
     with torch.no_grad(), _Fused(), LiveBytes() as live:
         for _ in range(2):
             latents = torch.empty(shape, dtype=dtype, device="meta")

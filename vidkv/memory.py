@@ -78,7 +78,7 @@ class MemorySettings:
             streamed=_entry_streamed(name, self.weights, dtype),
             vae=_entry_weights(name, 1, "full", dtype),
             text=_entry_weights(name, 2, self.text_weights, dtype),
-            features=_feature_elements(vae, *latent) * self.batch * dtype.itemsize,
+            features=_feature_bytes(vae, latent, self.batch, dtype),
             activations=replace(
                 traced,
                 cast=cast_bytes(transformer, self.weights, dtype),
@@ -230,7 +230,7 @@ def plan_loaded(
         streamed=min(size, size - block * (len(transformer.blocks) - RESIDENT_BLOCKS)),
         vae=weight_bytes(vae),
         text=text,
-        features=_feature_elements(vae, *latent) * batch * vae.dtype.itemsize,
+        features=_feature_bytes(vae, latent, batch, vae.dtype),
         activations=_Activations(
             *traced,
             encoding,
@@ -584,12 +584,11 @@ def read_bytes(heads: int, spec: CacheSpec, g: CacheGeometry, dtype: torch.dtype
     return int(max(two_pass, fused) + current)
 
 
-def _feature_elements(vae: ModelMixin, rows: int, columns: int) -> int:
-    """Elements of the two frames that each convolution of the VAE's decoder keeps."""
-    from vidkv.models.vae import feature_shapes
+def _feature_bytes(vae: ModelMixin, latent: tuple[int, int], batch: int, dtype: torch.dtype) -> int:
+    """What the streaming decoder keeps between chunks."""
+    from vidkv.models.vae_decoders import feature_bytes
 
-    shapes = feature_shapes(vae)
-    return sum(2 * channels * int(rows * scale) * int(columns * scale) for channels, scale, _ in shapes)
+    return feature_bytes(vae, *latent, batch=batch, dtype=dtype)
 
 
 def _context_bytes(config: Any, text_tokens: int, batch: int, dtype: torch.dtype) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import pickle
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,14 @@ def own_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     # the command line switches bars off before the libraries are imported, which is too late here
     monkeypatch.setattr(logging, "_tqdm_active", False)
     return tmp_path / "home"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_to_collect() -> Iterator[None]:
+    """Loading a model collects garbage, which among all modules of a test run takes longest."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +249,20 @@ class TestChoices:
         assert np.abs(pictures(tiled["path"]) - pictures(plain["path"])).mean() > 0.1
         assert read_metadata(tiled["path"])["tile"] == "(2, 4)"
 
+    def test_only_lasting_guidance_takes_a_second_cache(self, saved: Path, tmp_path: Path) -> None:
+        lasting = Path(shutil.copytree(saved, tmp_path / "lasting"))
+        index = lasting / "model_index.json"
+        index.write_text(json.dumps(json.loads(index.read_text()) | {"guidance": 2.0}))
+
+        def need(folder: Path, guidance: float | None) -> int:
+            request = generating.Request(
+                ((0.0, PROMPT),), tmp_path / "x.mp4", 1.0, model=str(folder), device="cpu", guidance=guidance
+            )
+            return generating.plan(request).need_bytes
+
+        assert need(saved, 3.0) == need(saved, None) == need(lasting, 1.0)
+        assert need(lasting, None) == need(lasting, 3.0) > need(saved, None)
+
     def test_compile_compiles_the_blocks(self, tiny: Command, monkeypatch: pytest.MonkeyPatch) -> None:
         compiled: list[int] = []
         monkeypatch.setattr(
@@ -293,7 +317,9 @@ class TestMistakes:
 
     @pytest.mark.parametrize("scale", ["nan", "inf"])
     def test_a_scale_that_is_no_number(self, tiny: Command, lora: Path, scale: str) -> None:
-        assert f"a LoRA weight of {scale} cannot be used" in tiny.refused("--lora", f"{lora}:{scale}")
+        assert f"a LoRA weight of {scale} for {lora} cannot be used" in tiny.refused(
+            "--lora", f"{lora}:{scale}"
+        )
 
     def test_files_of_other_kinds(self, tiny: Command, lora: Path, tmp_path: Path) -> None:
         """A pickle is never opened, whatever its name."""
