@@ -28,7 +28,7 @@ from vidkv.errors import (
     VidkvError,
 )
 from vidkv.loading import find_model, model_entry
-from vidkv.memory import OFFLOADS, check_fits, pixel_size, plan_memory
+from vidkv.memory import OFFLOADS, check_fits, own_guidance, pixel_size, plan_memory
 from vidkv.models.checkpoints.folders import read_json, require_tokenizer
 from vidkv.models.families.base import ModelEntry
 from vidkv.models.registry import canonical_prompt

@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -259,8 +260,14 @@ class TestDenoise:
 
 class TestTimes:
     def test_wait_for_the_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """For the stream that the rollout runs on, not for one that decodes beside it."""
         waited: list[torch.device] = []
-        monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+
+        def stream(device: torch.device) -> SimpleNamespace:
+            return SimpleNamespace(synchronize=lambda: waited.append(device))
+
+        monkeypatch.setattr(torch.cuda, "current_stream", stream)
+        monkeypatch.setattr(torch.cuda, "synchronize", _fail)
         monkeypatch.setattr("vidkv.rollout.time.perf_counter", lambda: float(len(waited)))
         gpu = torch.device("cuda", 1)
         assert _seconds(gpu) == 1.0 and waited == [gpu]
@@ -269,14 +276,21 @@ class TestTimes:
         self, model: CausalWanTransformer3DModel, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(torch.cuda, "synchronize", _fail)
+        monkeypatch.setattr(torch.cuda, "current_stream", _fail)
         build_rollout(transformer=model).step_chunk()
 
     @pytest.mark.gpu
     def test_every_measuring_point_waits(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        waited: list[torch.device] = []
-        monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+        measured: list[torch.device] = []
+        real = _seconds
+
+        def seconds(device: torch.device) -> float:
+            measured.append(device)
+            return real(device)
+
+        monkeypatch.setattr("vidkv.rollout._seconds", seconds)
         build_rollout(transformer=build_transformer().cuda(), vae=build_vae().cuda()).step_chunk()
-        assert len(waited) == 4
+        assert len(measured) == 4
 
 
 class TestAppend:

@@ -108,7 +108,7 @@ def pictures(path: Path) -> np.ndarray:
             (PROMPT, "--seconds", "2", "--prompt-at", f"1.4:{PROMPT}"),
             "begins at second 1.3125; give an earlier",
         ),
-        ((PROMPT, "--window", "2000000000"), "of memory on cpu (rollout: transformer"),
+        ((PROMPT, "--window", "2000000000"), "of memory on cpu (decode: transformer"),
         ((PROMPT, "--device", "tpu"), "device='tpu'"),
         ((PROMPT, "--steps", "0"), "num_inference_steps=0"),
     ],
