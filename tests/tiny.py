@@ -66,7 +66,7 @@ def build_transformer(seed: int = 0, **config: Any) -> CausalWanTransformer3DMod
 def build_text(
     transformer: CausalWanTransformer3DModel, batch: int = 1, tokens: int = 5, seed: int = 0
 ) -> TextContext:
-    embeds = noise(batch, tokens, transformer.config.text_dim, seed=100 + seed)
+    embeds = noise(batch, tokens, transformer.config.text_dim, seed=100 + seed).to(transformer.device)
     with torch.no_grad():
         return transformer.encode_text(embeds)
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from vidkv.cache import CacheSpec
 from vidkv.conditioning import as_pixels, encode_pixels, usable_frames
+from vidkv.decoding import LaterFrames
 from vidkv.embeddings import PromptEncoder
 from vidkv.errors import Cancelled, CheckpointError, InputError
 from vidkv.loading import LoadOptions, find_model, keeps_text, load_parts, prompts_on_demand
@@ -34,7 +35,7 @@ from vidkv.models.vae_tiles import Tiling
 from vidkv.models.wan import CausalWanTransformer3DModel, TextContext
 from vidkv.noise import StockNoise
 from vidkv.prompts import PromptLike, PromptSchedule
-from vidkv.rollout import Chunk, EditStep, LaterFrames, OnStep, Rollout, Switch
+from vidkv.rollout import Chunk, EditStep, OnStep, Rollout, Switch
 from vidkv.schedule import FlowSchedule
 
 MAX_SECONDS = 24 * 3600.0

@@ -7,8 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Real
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from vidkv.errors import PromptError
+
+if TYPE_CHECKING:
+    from vidkv.models.wan import CausalWanTransformer3DModel, TextContext
 
 PromptLike = str | Sequence[tuple[float, str]]
 
@@ -58,3 +65,31 @@ class PromptSchedule:
     def at(self, second: float) -> str:
         """The prompt of a chunk that begins at `second`."""
         return [text for start, text in self.entries if start <= second + 1e-9][-1]
+
+
+class PromptTransition:
+    """A prompt on its way to another.
+
+    Args:
+        before: embeddings (b, text tokens, text_dim) it comes from.
+        after: where it goes.
+        chunks: how many chunks it takes; `done` of them lie behind.
+    """
+
+    def __init__(self, before: Tensor, after: TextContext, chunks: int, done: int) -> None:
+        self.before, self.after, self.chunks, self.done = before, after, chunks, done
+
+    def text(self, transformer: CausalWanTransformer3DModel) -> TextContext:
+        """What the next chunk reads."""
+        assert self.after.embeds is not None
+        share = min(1.0, (self.done + 1) / self.chunks)
+        embeds = torch.lerp(self.before.to(self.after.embeds), self.after.embeds, share)
+        return transformer.encode_text(embeds, self.after.mask)
+
+    def advance(self) -> bool:
+        """Another chunk is done; was it the last?"""
+        self.done += 1
+        return self.done >= self.chunks
+
+    def copy(self) -> PromptTransition:
+        return PromptTransition(self.before, self.after, self.chunks, self.done)

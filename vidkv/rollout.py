@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral
 from types import TracebackType
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from vidkv.attention import CachedAttention
 from vidkv.cache import CacheGeometry, CacheSpec, KVCache
 from vidkv.cache.saved import check_tensor, entry, whole_numbers
+from vidkv.decoding import Decoder, LaterFrames
 from vidkv.dispatch import check as check_path
 from vidkv.dispatch import choose as choose_path
 from vidkv.errors import InputError, NumericsError, ResourceError, StateError
@@ -23,19 +24,9 @@ from vidkv.graphs import RecordedPasses
 from vidkv.models.vae import pixel_frames
 from vidkv.models.wan import CausalWanTransformer3DModel, TextContext
 from vidkv.noise import CounterNoise, NoiseSource
+from vidkv.prompts import PromptTransition
 from vidkv.read_path import ReadPath
 from vidkv.schedule import FlowSchedule, Solver
-
-
-class Decoder(Protocol):
-    """A streaming decoder: latent frames in, pixel frames out."""
-
-    def feed(self, latents: Tensor) -> Tensor: ...
-    def flush(self) -> Tensor: ...
-    def reset(self) -> None: ...
-    def state(self) -> dict[str, Tensor]: ...
-    def restore(self, state: Mapping[str, Tensor], grid: tuple[int, int, int] | None = None) -> None: ...
-    def copy(self) -> Decoder: ...
 
 
 @dataclass(frozen=True)
@@ -155,7 +146,7 @@ class Rollout:
         self.device, self.dtype = torch.device(device or transformer.device), transformer.dtype
         self.text = self._text(text)
         self.negative: TextContext | None = None
-        self._transition: _Transition | None = None
+        self._transition: PromptTransition | None = None
         self.latent_size, self.chunk_frames = latent_size, chunk_frames
         self.first_chunk_frames = first_chunk_frames or chunk_frames
         self.seeds = tuple(int(seed) for seed in seeds)
@@ -243,7 +234,7 @@ class Rollout:
             if before.embeds is None or text.embeds is None:
                 raise InputError("a lerp needs prompts with their embeddings; use transformer.encode_text")
             self.set_text(before, negative)
-            self._transition = _Transition(before.embeds, text, chunks, done)
+            self._transition = PromptTransition(before.embeds, text, chunks, done)
             return
         self.set_text(text, negative)
         if strategy == "recache":
@@ -706,71 +697,6 @@ class Rollout:
 
     def _timestep(self, timestep: float, frames: int) -> Tensor:
         return torch.full((len(self.seeds), frames), timestep, device=self.device)
-
-
-class LaterFrames:
-    """Frames that a second stream decodes.
-
-    Args:
-        decoder: in the state after the chunk before.
-        latents: (b, f, c, h, w) on the current stream.
-        before: the chunk before, whose stream is used.
-    """
-
-    def __init__(self, decoder: Decoder, latents: Tensor, before: LaterFrames | None) -> None:
-        self.decode_s = 0.0
-        self.stream: torch.cuda.Stream | None = None
-        if latents.device.type != "cuda":
-            started = time.perf_counter()
-            self.frames = decoder.feed(latents)
-            self.decode_s = time.perf_counter() - started
-            return
-        self.stream = (before.stream if before else None) or torch.cuda.Stream(latents.device)
-        self.begun, self.ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.stream.wait_stream(torch.cuda.current_stream(latents.device))
-        with torch.cuda.stream(self.stream):
-            self.begun.record()
-            on_device = decoder.feed(latents)
-            # else the allocator would give them to the current stream while this one still reads them
-            latents.record_stream(self.stream)
-            self.frames = torch.empty(on_device.shape, dtype=on_device.dtype, pin_memory=True)
-            self.frames.copy_(on_device, non_blocking=True)
-            self.ended.record()
-
-    def wait(self) -> Tensor:
-        """(b, pixel frames, height, width, 3) uint8 on the CPU; `decode_s` is known from then on."""
-        if self.stream is not None:
-            self.ended.synchronize()
-            self.decode_s = self.begun.elapsed_time(self.ended) / 1000
-        return self.frames
-
-
-class _Transition:
-    """A prompt on its way to another.
-
-    Args:
-        before: embeddings (b, text tokens, text_dim) it comes from.
-        after: where it goes.
-        chunks: how many chunks it takes; `done` of them lie behind.
-    """
-
-    def __init__(self, before: Tensor, after: TextContext, chunks: int, done: int) -> None:
-        self.before, self.after, self.chunks, self.done = before, after, chunks, done
-
-    def text(self, transformer: CausalWanTransformer3DModel) -> TextContext:
-        """What the next chunk reads."""
-        assert self.after.embeds is not None
-        share = min(1.0, (self.done + 1) / self.chunks)
-        embeds = torch.lerp(self.before.to(self.after.embeds), self.after.embeds, share)
-        return transformer.encode_text(embeds, self.after.mask)
-
-    def advance(self) -> bool:
-        """Another chunk is done; was it the last?"""
-        self.done += 1
-        return self.done >= self.chunks
-
-    def copy(self) -> _Transition:
-        return _Transition(self.before, self.after, self.chunks, self.done)
 
 
 def _hold(x: Tensor, given: Tensor | None) -> Tensor:

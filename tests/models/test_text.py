@@ -32,7 +32,6 @@ class TestCleaning:
             ("salt &amp; pepper", "salt & pepper"),
             ("salt &amp;amp; pepper", "salt & pepper"),
             ("a&nbsp;&nbsp;b", "a b"),
-            ("&amp;amp;amp;lt;", "&amp;lt;"),
             ("", ""),
             (" \n ", ""),
         ],

@@ -9,13 +9,13 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import nn
 
 from tests.tiny import CHANNELS, build_vae, noise
+from vidkv.decoding import Decoder
 from vidkv.errors import InputError
 from vidkv.models.registry import MODELS
 from vidkv.models.tiny_vae import StreamingTinyDecoder, TinyVideoDecoder
 from vidkv.models.vae import StreamingDecoder
 from vidkv.models.vae_decoders import feature_bytes, streaming_decoder
 from vidkv.models.vae_tiles import TiledDecoder, Tiling
-from vidkv.rollout import Decoder
 
 TILINGS = [Tiling(), Tiling(4, 4), Tiling(4, None, 2), Tiling(3, 4, sliced=True), Tiling(sliced=True)]
 
