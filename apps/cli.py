@@ -1,4 +1,5 @@
-"""The command line: `vidkv generate | estimate | models | convert | doctor | bench | eval | train`.
+"""The command line: `vidkv generate | render | jobs | serve | estimate | models | convert | doctor`, `vidkv bench |
+eval | train`.
 
 Results go to stdout (one JSON object with `--json`), progress and messages to stderr. Exit codes: 0 done,
 1 a check failed, 2 a value or file that cannot be used, 130 and 143 stopped by Ctrl-C and SIGTERM.
@@ -6,26 +7,51 @@ Results go to stdout (one JSON object with `--json`), progress and messages to s
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import logging
 import os
 import sys
 import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vidkv.errors import InputError, PromptError, VidkvError
+from vidkv.apps import jobs_cli
+from vidkv.apps.options import (
+    FAILED,
+    OK,
+    SIGNALLED,
+    UNUSABLE,
+    Cache,
+    Compiled,
+    Device,
+    Height,
+    Json,
+    KvFormat,
+    Lora,
+    Model,
+    Offload,
+    Sink,
+    TextWeights,
+    Tile,
+    Vae,
+    Weights,
+    Width,
+    Window,
+    emit,
+    say,
+    scaled,
+    tile_size,
+    timed_prompt,
+)
+from vidkv.errors import VidkvError
 
 if TYPE_CHECKING:
     from vidkv.rollout import Chunk
 
 STARTED = time.perf_counter()
-OK, FAILED, UNUSABLE, SIGNALLED = 0, 1, 2, 128
 
 # the base of what typer raises over arguments; some versions use click, others carry a copy of it
 USAGE_ERROR: Any = next(
@@ -36,26 +62,10 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 bench_app = typer.Typer(no_args_is_help=True, help="Measure cost.")
 eval_app = typer.Typer(no_args_is_help=True, help="Measure quality.")
 train_app = typer.Typer(no_args_is_help=True, help="Train models.")
+jobs_cli.register(app)
 app.add_typer(bench_app, name="bench")
 app.add_typer(eval_app, name="eval")
 app.add_typer(train_app, name="train")
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Model = Annotated[str, typer.Option(help="A shipped model's name, or a folder.")]
-Window = Annotated[int | None, typer.Option(help="Latent frames attended, sinks and current chunk included.")]
-Sink = Annotated[int | None, typer.Option(help="First latent frames, kept for good.")]
-KvFormat = Annotated[str | None, typer.Option(help="Page format: fp32, bf16 or int8.")]
-Cache = Annotated[str | None, typer.Option(help="Further cache settings, e.g. 'int8,keep_newest,segment=3'.")]
-Height = Annotated[int | None, typer.Option(help="Pixels; the model's own by default.")]
-Width = Annotated[int | None, typer.Option(help="Pixels; the model's own by default.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Weights = Annotated[str, typer.Option(help="Storage of the networks' linear layers: full, fp8 or int8.")]
-TextWeights = Annotated[
-    str | None, typer.Option(help="The same for the text encoder, by default as --weights.")
-]
-Offload = Annotated[
-    str, typer.Option(help="What leaves the GPU when it is not needed: none, text, model or group.")
-]
 
 
 @app.command()
@@ -87,18 +97,10 @@ def generate(
     weights: Weights = "full",
     text_weights: TextWeights = None,
     offload: Offload = "text",
-    lora: Annotated[
-        list[str] | None, typer.Option(help="FILE or FILE:SCALE, safetensors; repeatable.")
-    ] = None,
-    vae: Annotated[
-        Path | None, typer.Option(help="Another decoder, such as TAEHV or LightVAE: safetensors.")
-    ] = None,
-    tile: Annotated[
-        str | None, typer.Option(help="ROWSxCOLUMNS of latents decoded at a time, for small cards.")
-    ] = None,
-    compiled: Annotated[
-        bool, typer.Option("--compile", help="Fuse what stands around attention; seconds at the start.")
-    ] = False,
+    lora: Lora = None,
+    vae: Vae = None,
+    tile: Tile = None,
+    compiled: Compiled = False,
     as_json: Json = False,
 ) -> None:
     """Turn a sentence into a video.
@@ -106,21 +108,29 @@ def generate(
     The frame rates reported, end_to_end_fps among them, count from when the model has been loaded.
     """
     from vidkv.apps import generate as generating
+    from vidkv.planning import plan
+    from vidkv.request import EngineSettings, VideoRequest
+    from vidkv.segments import check_output
 
-    prompts = ((0.0, prompt), *(_timed_prompt(text) for text in prompt_at or ()))
-    request = generating.Request(
-        prompts, out, seconds, seed, model, _cache_changes(cache, kv_format, window, sink), height, width,
-        steps, device, guidance, negative, image, video, cast(Any, switch), noise, weights, text_weights,
-        offload, tuple(_scaled(text) for text in lora or ()), vae, _tile(tile), compiled,
+    check_output(out)
+    request = VideoRequest.of({
+        "prompt": prompt, "schedule": [timed_prompt(text) for text in prompt_at or ()], "seed": seed,
+        "seconds": seconds, "model": model, "cache": _cache_changes(cache, kv_format, window, sink),
+        "height": height, "width": width, "steps": steps, "guidance": guidance, "negative": negative,
+        "image": image, "video": video, "switch": switch, "noise": noise,
+    })  # fmt: skip
+    settings = EngineSettings(
+        device=device, weights=weights, text_weights=text_weights, offload=offload,
+        loras=tuple(scaled(text) for text in lora or ()), vae=vae, tile=tile_size(tile), compiled=compiled,
     )  # fmt: skip
     with ProgressLine() as line:
         try:
-            result = generating.generate(generating.plan(request), line.chunk_done, STARTED)
+            result = generating.generate(plan(request, settings), out, line.chunk_done, STARTED)
         except generating.Stopped as stopped:
             line.close()
-            _say(str(stopped))
+            say(str(stopped))
             raise typer.Exit(SIGNALLED + stopped.signal) from None
-    _emit(result, as_json, f"{out}: {result['frames']} frames, {result['end_to_end_fps']} fps end to end")
+    emit(result, as_json, f"{out}: {result['frames']} frames, {result['end_to_end_fps']} fps end to end")
 
 
 @app.command()
@@ -144,8 +154,8 @@ def estimate(
 ) -> None:
     """Say what memory a rollout needs and what fits which card, without its weights."""
     from vidkv.apps.estimate import estimate_report, render
-    from vidkv.apps.generate import cache_spec, check_device, compute_dtype, pick_device
     from vidkv.models.registry import known_model
+    from vidkv.planning import cache_spec, check_device, compute_dtype, pick_device
 
     entry = known_model(model)
     check_device(device)
@@ -159,7 +169,7 @@ def estimate(
         card or (),
     )  # fmt: skip
     if as_json:
-        _emit(report, True, "")
+        emit(report, True, "")
     else:
         from rich.console import Console
 
@@ -191,8 +201,8 @@ def convert(
     from vidkv.apps import convert as converting
 
     request = converting.Request(tuple(files or ()), model, base, lora, out, dtype, ema, layout, force)
-    result = converting.convert(request, _say)
-    _emit(result, as_json, converting.summary(result))
+    result = converting.convert(request, say)
+    emit(result, as_json, converting.summary(result))
 
 
 @app.command()
@@ -204,7 +214,7 @@ def models(as_json: Json = False) -> None:
 
     report = models_report()
     if as_json:
-        _emit({"models": report}, True, "")
+        emit({"models": report}, True, "")
     else:
         Console(width=None if sys.stdout.isatty() else 150).print(render(report), highlight=False)
 
@@ -219,7 +229,7 @@ def doctor(as_json: Json = False) -> None:
     checks = run_checks()
     good = healthy(checks)
     if as_json:
-        _emit({"healthy": good, "checks": [dataclasses.asdict(check) for check in checks]}, True, "")
+        emit({"healthy": good, "checks": [dataclasses.asdict(check) for check in checks]}, True, "")
     else:
         Console().print(render(checks))
     raise typer.Exit(OK if good else FAILED)
@@ -279,12 +289,12 @@ def bench_rollout(
                 baseline is not False, profiled is not False, bool(graphs), line.step_done,
             )  # fmt: skip
         if as_json:
-            _emit(report, True, "")
+            emit(report, True, "")
         else:
             Console(width=None if sys.stdout.isatty() else 160).print(render(report), highlight=False)
         return
     from vidkv.apps.bench import rollout_report, table
-    from vidkv.apps.generate import pick_device
+    from vidkv.planning import pick_device
 
     for name, value in choices.items():
         if value is not None:
@@ -294,7 +304,7 @@ def bench_rollout(
     names = (formats or "fp32,bf16,int8").split(",")
     with ProgressLine() as line:
         report = rollout_report(model, names, chunks or 1000, pick_device(device), line.step_done)
-    _emit(report, as_json, table(report))
+    emit(report, as_json, table(report))
 
 
 @bench_app.command("attention")
@@ -314,7 +324,7 @@ def bench_attention(
     with ProgressLine() as line:
         report = attention_report(shape, window, kv_format, tune, device, line.step_done)
     if as_json:
-        _emit(report, True, "")
+        emit(report, True, "")
         return
     from rich.console import Console
 
@@ -339,7 +349,7 @@ def bench_kernels(
     with ProgressLine() as line:
         report = kernels_report(arch or [], line.step_done)
     if as_json:
-        _emit(report, True, "")
+        emit(report, True, "")
     else:
         Console(width=None if sys.stdout.isatty() else 120).print(render(report))
     raise typer.Exit(OK if report["ok"] else FAILED)
@@ -363,9 +373,9 @@ def eval_world(
 
     with ProgressLine() as line:
         report = evaluate_world(model, rollouts, chunks, kv_format, quick, controls, line.step_done, guidance)
-    _emit(report, as_json, table(report))
+    emit(report, as_json, table(report))
     if report.get("controls_pass") is False:
-        _say("a negative control moved nothing, or A/A moved something: these metrics prove nothing")
+        say("a negative control moved nothing, or A/A moved something: these metrics prove nothing")
         raise typer.Exit(FAILED)
 
 
@@ -381,7 +391,7 @@ def train_bounce(
     """Train the embedded world model; run again to go on from the last checkpoint."""
     from vidkv.apps.train.bounce import train
 
-    _emit(train(out, world, recipe, minutes, init), as_json, f"{out / 'pipeline'}: done")
+    emit(train(out, world, recipe, minutes, init), as_json, f"{out / 'pipeline'}: done")
 
 
 class ProgressLine:
@@ -426,36 +436,6 @@ class ProgressLine:
         self.open = self.terminal
 
 
-def _timed_prompt(text: str) -> tuple[float, str]:
-    second, colon, prompt = text.partition(":")
-    try:
-        if not colon:
-            raise ValueError
-        return float(second), prompt.strip()
-    except ValueError:
-        raise PromptError(
-            f"--prompt-at {text[:60]!r} is not SECOND:TEXT, such as '12.5:a blue circle bouncing'"
-        ) from None
-
-
-def _scaled(text: str) -> tuple[Path, float]:
-    """FILE or FILE:SCALE."""
-    file, colon, scale = text.rpartition(":")
-    with contextlib.suppress(ValueError):
-        if colon:
-            return Path(file), float(scale)
-    return Path(text), 1.0
-
-
-def _tile(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    rows, _, columns = text.lower().partition("x")
-    if not (rows.isdigit() and columns.isdigit()):
-        raise InputError(f"--tile {text[:60]!r} is not ROWSxCOLUMNS, such as 32x32")
-    return int(rows), int(columns)
-
-
 def _cache_changes(
     cache: str | None, kv_format: str | None, window: int | None, sink: int | None
 ) -> dict[str, Any]:
@@ -468,14 +448,6 @@ def _cache_changes(
         changes |= {name: getattr(spec, name) for name in spec.model_fields_set}
     given = {"format": kv_format, "window": window, "sink": sink}
     return changes | {name: value for name, value in given.items() if value is not None}
-
-
-def _emit(result: dict[str, Any], as_json: bool, text: str) -> None:
-    print(json.dumps(result, allow_nan=True) if as_json else text)
-
-
-def _say(message: str) -> None:
-    print(f"vidkv: {message}", file=sys.stderr)
 
 
 def _say_usage(error: Any) -> None:
@@ -492,7 +464,7 @@ def _say_usage(error: Any) -> None:
     if isinstance(error.__cause__, ValidationError):
         message += f", got {error.__cause__.errors()[0]['input']!r:.60}"
     context = getattr(error, "ctx", None)
-    _say(f"{message}; see {context.command_path if context else 'vidkv'} --help")
+    say(f"{message}; see {context.command_path if context else 'vidkv'} --help")
 
 
 def _prepare() -> None:
@@ -518,10 +490,10 @@ def main() -> None:
         _say_usage(error)
         code = UNUSABLE
     except VidkvError as error:
-        _say(str(error))
+        say(str(error))
         code = UNUSABLE
     except (KeyboardInterrupt, typer.Abort):
-        _say("stopped")
+        say("stopped")
         code = SIGNALLED + 2
     sys.exit(code)
 

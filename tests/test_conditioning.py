@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -17,8 +15,6 @@ from vidkv.conditioning import (
     PIECE,
     as_pixels,
     encode_pixels,
-    read_picture,
-    read_video_end,
     usable_frames,
 )
 from vidkv.errors import InputError
@@ -109,83 +105,3 @@ class TestUsableFrames:
             else:
                 with pytest.raises(InputError, match=f"has {frames} frames; .* at least {whole[0]}"):
                     usable_frames(frames, first, chunk, most)
-
-
-class TestPictureFiles:
-    def test_round_trip(self, tmp_path: Path) -> None:
-        wanted = pixels(9, 7, 3)
-        Image.fromarray(wanted.numpy()).save(tmp_path / "a.png")
-        assert torch.equal(read_picture(tmp_path / "a.png"), wanted[None])
-
-    def test_turned_upright(self, tmp_path: Path) -> None:
-        """Orientation 6: the camera lay on its side, what is stored is to be turned clockwise."""
-        stored = Image.fromarray(pixels(9, 7, 3).numpy())
-        about = Image.Exif()
-        about[0x0112] = 6
-        stored.save(tmp_path / "a.png", exif=about)
-        wanted = torch.from_numpy(np.array(stored).copy()).rot90(-1, (0, 1))
-        assert torch.equal(read_picture(tmp_path / "a.png")[0], wanted)
-
-    def test_what_is_none(self, tmp_path: Path) -> None:
-        with pytest.raises(InputError, match="there is no image"):
-            read_picture(tmp_path / "missing.png")
-        Image.fromarray(pixels(64, 64, 3).numpy()).save(tmp_path / "whole.png")
-        data = (tmp_path / "whole.png").read_bytes()
-        for name, content in (
-            ("text.png", b"hello"),
-            ("empty.png", b""),
-            ("cut.png", data[: len(data) // 2]),
-        ):
-            (tmp_path / name).write_bytes(content)
-            with pytest.raises(
-                InputError, match=rf"{name} cannot be read as an image .*; give a PNG or JPEG"
-            ):
-                read_picture(tmp_path / name)
-        with pytest.raises(InputError, match="cannot be read as an image"):
-            read_picture(tmp_path)
-
-
-def write_mp4(path: Path, frames: int) -> None:
-    """Frames of one grey each, ten apart."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=16, options={"crf": "4"})
-        stream.width, stream.height, stream.pix_fmt = 32, 48, "yuv420p"
-        for i in range(frames):
-            picture = np.full((48, 32, 3), 20 + 10 * i, np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode(None))
-
-
-class TestVideoFiles:
-    @pytest.mark.parametrize(("asked", "got"), [(1, 1), (5, 5), (12, 12), (100, 12)])
-    def test_the_end(self, tmp_path: Path, asked: int, got: int) -> None:
-        write_mp4(tmp_path / "a.mp4", 12)
-        found = read_video_end(tmp_path / "a.mp4", asked)
-        assert found.shape == (got, 48, 32, 3) and found.dtype == torch.uint8
-        greys = found.float().mean((1, 2, 3))
-        wanted = torch.tensor([20.0 + 10 * i for i in range(12 - got, 12)])
-        assert float((greys - wanted).abs().max()) < 4
-
-    def test_what_is_none(self, tmp_path: Path) -> None:
-        with pytest.raises(InputError, match="there is no video"):
-            read_video_end(tmp_path / "missing.mp4", 5)
-        write_mp4(tmp_path / "whole.mp4", 12)
-        data = (tmp_path / "whole.mp4").read_bytes()
-        for name, content in (
-            ("text.mp4", b"hello"),
-            ("empty.mp4", b""),
-            ("cut.mp4", data[: len(data) // 2]),
-        ):
-            (tmp_path / name).write_bytes(content)
-            with pytest.raises(InputError, match=name):
-                read_video_end(tmp_path / name, 5)
-
-    def test_sound_alone(self, tmp_path: Path) -> None:
-        with av.open(str(tmp_path / "a.wav"), "w") as container:
-            stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
-            frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
-            frame.sample_rate = 8000
-            container.mux(stream.encode(frame))
-            container.mux(stream.encode(None))
-        with pytest.raises(InputError, match="has no video stream"):
-            read_video_end(tmp_path / "a.wav", 5)

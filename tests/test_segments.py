@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from vidkv import segments
+from vidkv import files, segments
 from vidkv.errors import InputError, OutputError
 from vidkv.segments import (
     SegmentWriter,
@@ -510,14 +510,14 @@ class TestFailures:
     def test_folder_sync_unsupported_by_the_file_system(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        sync = segments._fsync
+        sync = files._fsync
 
         def no_folders(path: Path, flags: int) -> None:
             if path.is_dir():
                 raise OSError(errno.EINVAL, "Invalid argument")
             sync(path, flags)
 
-        monkeypatch.setattr(segments, "_fsync", no_folders)
+        monkeypatch.setattr(files, "_fsync", no_folders)
         assert probe(written(tmp_path, (9,)).paths()[0]).frames == 9
 
     def test_killed_writer_leaves_whole_segments(self, tmp_path: Path) -> None:

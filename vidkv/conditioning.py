@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -84,45 +82,3 @@ def usable_frames(frames: int, first: int, chunk: int, most: int) -> int:
         )
     latent = first + (latent - first) // chunk * chunk
     return 4 * (latent - 1) + 1
-
-
-def read_picture(path: Path) -> Tensor:
-    """An image file as (1, height, width, 3) uint8, turned upright.
-
-    Raises:
-        InputError: missing, or no picture that can be read.
-    """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as picture:
-            upright = ImageOps.exif_transpose(picture).convert("RGB")
-    except FileNotFoundError:
-        raise InputError(f"there is no image {path}") from None
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} cannot be read as an image ({error}); give a PNG or JPEG") from None
-    return torch.from_numpy(np.array(upright))[None]
-
-
-def read_video_end(path: Path, frames: int) -> Tensor:
-    """The last frames of a video file, at most so many, as (frames, height, width, 3) uint8.
-
-    Raises:
-        InputError: missing, or no video that can be read.
-    """
-    import av
-
-    last: deque[np.ndarray] = deque(maxlen=frames)
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise InputError(f"{path} has no video stream")
-            for frame in container.decode(video=0):
-                last.append(frame.to_ndarray(format="rgb24"))
-    except FileNotFoundError:
-        raise InputError(f"there is no video {path}") from None
-    except (av.FFmpegError, OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as a video ({error}); give an mp4") from None
-    if not last:
-        raise InputError(f"{path} has no frames; give another video")
-    return torch.from_numpy(np.stack(last))

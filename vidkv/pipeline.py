@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -20,7 +20,6 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from vidkv.cache import CacheSpec
 from vidkv.conditioning import as_pixels, encode_pixels, usable_frames
-from vidkv.decoding import LaterFrames
 from vidkv.embeddings import PromptEncoder
 from vidkv.errors import Cancelled, CheckpointError, InputError
 from vidkv.loading import LoadOptions, find_model, keeps_text, load_parts, prompts_on_demand
@@ -37,6 +36,7 @@ from vidkv.noise import StockNoise
 from vidkv.prompts import PromptLike, PromptSchedule
 from vidkv.rollout import Chunk, EditStep, OnStep, Rollout, Switch
 from vidkv.schedule import FlowSchedule
+from vidkv.stream import VideoStream, awaken, chunks_for, latents_before
 
 MAX_SECONDS = 24 * 3600.0
 
@@ -294,8 +294,8 @@ class CausalVideoPipeline(DiffusionPipeline, LoraPipelineMixin):
             none = torch.empty(len(rollout.seeds), 0, rows, columns, 3, dtype=torch.uint8)
         chunks: list[Chunk] = []
         try:
-            stream = self._chunks(
-                rollout, prompts, negative_prompt, num_frames, latents, start, prompt_switch, edit=edit
+            stream = VideoStream(
+                self, rollout, prompts, negative_prompt, num_frames, latents, start, prompt_switch, edit=edit
             )
             for chunk in stream:
                 chunks.append(chunk)
@@ -330,8 +330,8 @@ class CausalVideoPipeline(DiffusionPipeline, LoraPipelineMixin):
         decode: bool = True,
         on_step: OnStep | None = None,
         overlap: bool = False,
-    ) -> Iterator[Chunk]:
-        """Yield chunks as they are finished; memory does not grow with the video.
+    ) -> VideoStream:
+        """Chunks as they are finished, to iterate over; memory does not grow with the video.
 
         Arguments as for `__call__`; without `num_frames` the stream is endless. The last chunk is cut to
         the frames asked for. Closing the iterator ends the rollout.
@@ -345,8 +345,8 @@ class CausalVideoPipeline(DiffusionPipeline, LoraPipelineMixin):
             seed, prompt_embeds, cache, decode, negative_prompt,
         )  # fmt: skip
         start = self._start(rollout, image, video, num_frames, noise, latents)
-        return self._chunks(
-            rollout, prompts, negative_prompt, num_frames, latents, start, prompt_switch, on_step,
+        return VideoStream(
+            self, rollout, prompts, negative_prompt, num_frames, latents, start, prompt_switch, on_step,
             overlap=overlap and decode and rollout.device.type == "cuda" and not rollout.recompute_context,
         )  # fmt: skip
 
@@ -441,7 +441,7 @@ class CausalVideoPipeline(DiffusionPipeline, LoraPipelineMixin):
             raise InputError(
                 f"prompt_embeds are {tuple(embeds.shape)}; this model takes (batch, tokens, {width})"
             )
-        _awaken(self.transformer)
+        awaken(self.transformer)
         return self.transformer.encode_text(embeds.to(self._execution_device))
 
     def chunk_second(self, chunk: int) -> float:
@@ -531,7 +531,7 @@ class CausalVideoPipeline(DiffusionPipeline, LoraPipelineMixin):
             raise InputError(
                 f"num_frames={num_frames} counts the {pixels.shape[1]} frames that are given; ask for more"
             )
-        _awaken(self.vae)
+        awaken(self.vae)
         return encode_pixels(self.vae, pixels, rollout.device).to(rollout.dtype)
 
     def _context_encoder(self) -> Callable[[Tensor], Tensor] | None:
@@ -539,65 +539,6 @@ class CausalVideoPipeline(DiffusionPipeline, LoraPipelineMixin):
         if not isinstance(self.vae, AutoencoderKLWan):
             return None
         return lambda pixels: encode_pixels(self.vae, pixels[:, None], pixels.device)[:, 0]
-
-    def _chunks(
-        self, rollout: Rollout, prompts: list[PromptSchedule], negative_prompt: str | None,
-        num_frames: int | None, latents: Tensor | None, start: Tensor | None = None,
-        switch: Switch | None = None, on_step: OnStep | None = None, edit: EditStep | None = None,
-        overlap: bool = False,
-    ) -> Iterator[Chunk]:  # fmt: skip
-        shown, texts = 0, None
-        waiting: tuple[Chunk, LaterFrames] | None = None
-        first = rollout.first_chunk_frames
-        # tqdm takes infinity for unknown; diffusers takes None for a mistake
-        total = chunks_for(num_frames, rollout.chunk_frames, first=first) if num_frames else math.inf
-
-        def cut(chunk: Chunk) -> Chunk:
-            """Without the frames that nobody asked for."""
-            begun = pixel_frames(chunk.start_frame)
-            if chunk.frames is None or num_frames is None:
-                return chunk
-            return replace(chunk, frames=chunk.frames[:, : max(0, num_frames - begun)])
-
-        with self.progress_bar(total=total) as bar:
-            while num_frames is None or shown < num_frames:
-                second = pixel_frames(rollout.next_frame) / self.fps
-                wanted = [schedule.at(second) for schedule in prompts]
-                if wanted and wanted != texts:
-                    way = (switch or self.entry.prompt_switch) if texts else "keep"
-                    self.set_prompt(rollout, wanted, negative_prompt, cast(Switch, way))
-                    texts = wanted
-                given, start = start, None
-                if given is not None and given.shape[1] >= first:
-                    _awaken(self.vae)
-                    for chunk in rollout.prefill(given):
-                        bar.update()
-                        yield cut(chunk)
-                    shown = pixel_frames(rollout.next_frame)
-                    continue
-                noise = None
-                if latents is not None:
-                    begun = rollout.next_frame - rollout.prefix_frames
-                    noise = latents[:, begun : begun + rollout.next_chunk_frames]
-                _awaken(self.vae)
-                chunk = rollout.step_chunk(
-                    noise=noise, on_step=on_step, edit=edit, given=given, decode=not overlap
-                )
-                shown = pixel_frames(rollout.next_frame)
-                bar.update()
-                if waiting:
-                    yield cut(_decoded(*waiting))
-                    waiting = None
-                if not overlap:
-                    yield cut(chunk)
-                    continue
-                waiting = chunk, rollout.decode_later(chunk.latents)
-                if chunk.index == rollout.prefix_chunks:
-                    # the first frames are wanted soon
-                    yield cut(_decoded(*waiting))
-                    waiting = None
-            if waiting:
-                yield cut(_decoded(*waiting))
 
     def _spec(self, cache: CacheSpec | str | None) -> CacheSpec:
         if cache is None:
@@ -670,34 +611,6 @@ def frames_for(seconds: float, fps: int) -> int:
             f"seconds={seconds:g} is less than one frame at {fps} fps; give at least {1 / fps:g}"
         )
     return frames
-
-
-def chunks_for(num_frames: int, chunk_frames: int, temporal_scale: int = 4, first: int | None = None) -> int:
-    """Chunks that hold `num_frames` pixel frames: ceil((frames + 3) / 12) for chunks of three.
-
-    Args:
-        first: latent frames of the first chunk, where it differs.
-    """
-    later = num_frames + temporal_scale - 1 - temporal_scale * (first or chunk_frames)
-    return 1 + max(0, -(-later // (temporal_scale * chunk_frames)))
-
-
-def latents_before(chunk: int, chunk_frames: int, first: int | None = None) -> int:
-    """Latent frames before a chunk, whose first one may have another length."""
-    return (first or chunk_frames) + (chunk - 1) * chunk_frames if chunk else 0
-
-
-def _decoded(chunk: Chunk, later: LaterFrames) -> Chunk:
-    """The chunk with its frames, once they are there."""
-    frames = later.wait()
-    return replace(chunk, frames=frames, stats=replace(chunk.stats, decode_s=later.decode_s))
-
-
-def _awaken(module: Any) -> None:
-    """Bring an offloaded network to its device; diffusers' hooks do so when it is called as a whole."""
-    hook = getattr(module, "_hf_hook", None)
-    if hook is not None:
-        hook.pre_forward(module)
 
 
 def _collect(chunks: list[Chunk], output_type: str, none: Tensor) -> Any:

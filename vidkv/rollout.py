@@ -78,6 +78,9 @@ EditStep = Callable[[int, int, Tensor], Tensor]
 """Called after each denoising step with (chunk, step, latents (b, f, c, h, w)); what it returns goes on."""
 
 
+CACHES = ("cache", "negative_cache")
+"""What a rollout's caches are called in its state."""
+
 Switch = Literal["keep", "recache", "flush", "lerp"]
 """What becomes of the history when the prompt changes, see `Rollout.switch`."""
 
@@ -182,6 +185,11 @@ class Rollout:
     def kv_bytes(self) -> int:
         """Bytes of the cache, and of the negative text's where there is one."""
         return sum(cache.nbytes for cache in self._caches())
+
+    @property
+    def in_transition(self) -> bool:
+        """Whether a `lerp` from one prompt to another is under way, which `state` does not know."""
+        return self._transition is not None
 
     def record_passes(self) -> None:
         """From now on replay recorded denoising passes once the window is full; on a CPU nothing changes."""
@@ -321,8 +329,7 @@ class Rollout:
                 raise InputError(f"given latents are {tuple(given.shape)}; fewer than {frames} frames fit")
             self._check_shape(given, given.shape[1])
             given = given.to(self.device, self.dtype)
-        if self._transition is not None:
-            self.text = self._transition.text(self.transformer)
+        self._take_text()
         with _naming_shortage(self.device):
             if self.recompute_context:
                 self._rebuild(range(max(0, self.next_frame - self.cache.layout.capacity), self.next_frame))
@@ -372,14 +379,7 @@ class Rollout:
             )
         self._check_finite(latents)
         parts = latents.tensor_split(list(range(first, frames, self.chunk_frames)), 1)
-        chunks = []
-        for part in parts:
-            read_before = self.cache.pages_read, self.cache.lossy_pages_read
-            started, start_frame = _seconds(self.device), self.next_frame
-            pixels = self.append(part)
-            seconds = 0.0, 0.0, _seconds(self.device) - started
-            stats = self._stats(seconds, read_before)
-            chunks.append(Chunk(self.chunk - 1, start_frame, part, pixels, stats))
+        chunks = [self.retrace(part) for part in parts]
         self.prefix_chunks, self.prefix_frames = self.chunk, self.next_frame
         return chunks
 
@@ -391,13 +391,87 @@ class Rollout:
             InputError: not of this rollout's shape.
             NumericsError: NaN or Inf among them.
         """
+        return self.retrace(latents).frames
+
+    @torch.no_grad()
+    def retrace(self, latents: Tensor) -> Chunk:
+        """As `append`, with what it cost.
+
+        Latents that this rollout once denoised lead to where it stood then, bit for bit.
+        """
         self._check_shape(latents, latents.shape[1] if latents.ndim == 5 else self.chunk_frames)
         latents = latents.to(self.device, self.dtype)
         self._check_finite(latents)
-        start_frame = self.next_frame
+        self._take_text()
+        read_before = self.cache.pages_read, self.cache.lossy_pages_read
+        started, start_frame = _seconds(self.device), self.next_frame
         with _naming_shortage(self.device):
             self._commit(latents)
-            return self._decode(latents, start_frame)
+            committed = _seconds(self.device)
+            pixels = self._decode(latents, start_frame)
+        seconds = 0.0, committed - started, _seconds(self.device) - committed
+        return Chunk(self.chunk - 1, start_frame, latents, pixels, self._stats(seconds, read_before))
+
+    def chunk_start(self, chunk: int) -> int:
+        """First latent frame of a chunk."""
+        return self.first_chunk_frames + (chunk - 1) * self.chunk_frames if chunk else 0
+
+    def chunks_kept(self, chunk: int) -> list[int]:
+        """Which chunks `rebuild` needs in order to stand before a chunk: those of sinks and window."""
+        window = self.chunk_start(chunk) - self.cache.spec.window
+        return [
+            i
+            for i in range(chunk)
+            if self.chunk_start(i) < self.cache.spec.sink or self.chunk_start(i + 1) > window
+        ]
+
+    @torch.no_grad()
+    def rebuild(
+        self,
+        chunk: int,
+        latents: Mapping[int, Tensor],
+        noise: tuple[Mapping[str, Tensor], Mapping[str, Any]],
+        prefix: tuple[int, int] = (0, 0),
+    ) -> None:
+        """Stand before a chunk with nothing but clean latents of chunks before it; for a fresh rollout.
+
+        Keys and values of the sinks and of the last window are computed anew, and the decoder runs over the
+        window once more. What they remembered of frames that have left is lost, so what follows is close to
+        what would have followed; it is equal while nothing has left.
+
+        Args:
+            latents: (b, f, c, h, w) by chunk, at least of `chunks_kept`.
+            noise: state of the noise source.
+            prefix: chunks and latent frames that were given.
+
+        Raises:
+            StateError: chunks are missing or of another shape; nothing has changed.
+        """
+        wanted = self.chunks_kept(chunk)
+        for index in wanted:
+            frames = self.chunk_start(index + 1) - self.chunk_start(index)
+            shape, found = (len(self.seeds), frames, *self.latent_size), latents.get(index)
+            if found is None or tuple(found.shape) != shape:
+                raise StateError(
+                    f"the latents of chunk {index} are {'missing' if found is None else tuple(found.shape)}, "
+                    f"going on with chunk {chunk} needs {shape}"
+                )
+        self.noise.restore(*noise)
+        for index in wanted:
+            start, part = self.chunk_start(index), latents[index].to(self.device, self.dtype)
+            gap = start != self.next_frame
+            if gap:
+                for cache in self._caches():
+                    cache.seek(start)
+                if self.decoder:
+                    self.decoder.reset()
+            self._commit(part)
+            # after a gap its first latent frame is taken for a video's, which has fewer pixel frames
+            if gap and self.decoder:
+                self.decoder.feed(part)
+            else:
+                self._decode(part, start)
+        self.chunk, (self.prefix_chunks, self.prefix_frames) = chunk, prefix
 
     def fork(self) -> Rollout:
         """A second rollout with the same history; pages are shared until each has moved on.
@@ -443,15 +517,26 @@ class Rollout:
     ) -> None:
         self.close()
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def pages(self) -> dict[str, tuple[KVCache, int]]:
+        """Resident pages by a name that is never given to other bytes: the cache and the latent frame."""
+        return {
+            f"{name}.{cache.table[frame].serial}": (cache, frame)
+            for name, cache in zip(CACHES, self._caches(), strict=False)
+            for frame in cache.layout.resident
+        }
+
+    def state(self, pages: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and a JSON-able header that `restore` turns back into this rollout, bit for bit.
 
         The transformer and the text are not part of it.
+
+        Args:
+            pages: False leaves them out, for those who keep them by name (`pages`).
         """
         tensors: dict[str, Tensor] = {}
         headers: dict[str, Any] = {}
-        for name, cache in zip(("cache", "negative_cache"), self._caches(), strict=False):
-            parts, headers[name] = cache.state_tensors()
+        for name, cache in zip(CACHES, self._caches(), strict=False):
+            parts, headers[name] = cache.state_tensors(pages)
             tensors |= {f"{name}.{key}": tensor for key, tensor in parts.items()}
         noise, headers["noise"] = self.noise.state()
         tensors |= {f"noise.{key}": tensor for key, tensor in noise.items()}
@@ -485,7 +570,7 @@ class Rollout:
                 f"the state was saved with guidance {schedule.guidance:g}, this rollout has "
                 f"{self.schedule.guidance:g}; with and without guidance do not mix"
             )
-        names = ("cache", "negative_cache")[: len(self._caches())]
+        names = CACHES[: len(self._caches())]
         saved = {name: (_under(f"{name}.", tensors), entry(header, name, dict)) for name in names}
         for cache, parts in zip(self._caches(), saved.values(), strict=True):
             cache.check_state(*parts)
@@ -555,6 +640,11 @@ class Rollout:
     @torch.no_grad()
     def _text(self, text: TextContext | Tensor) -> TextContext:
         return text if isinstance(text, TextContext) else self.transformer.encode_text(text.to(self.device))
+
+    def _take_text(self) -> None:
+        """On the way from one prompt to another, the next chunk's."""
+        if self._transition is not None:
+            self.text = self._transition.text(self.transformer)
 
     def _caches(self) -> list[KVCache]:
         return [self.cache] if self.negative_cache is None else [self.cache, self.negative_cache]

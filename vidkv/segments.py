@@ -31,6 +31,7 @@ import numpy.typing as npt
 import torch
 
 from vidkv.errors import InputError, OutputError
+from vidkv.files import publish, reason, write_durably
 
 if TYPE_CHECKING:
     from av.container import InputContainer, OutputContainer
@@ -47,7 +48,7 @@ FREE_MARGIN_BYTES = 64 * 2**20
 _BT601 = 6
 _LIMITED_RANGE = 1
 
-_SEGMENT_FILE = re.compile(r"seg_[0-9]{5,}\.ts|\.seg_[0-9]{5,}\.ts\.tmp")
+_SEGMENT_FILE = re.compile(r"(\.)?seg_([0-9]{5,})(?:-([0-9]+))?\.ts(?(1)(?:\.[0-9]+)?\.tmp)")
 _LOCK_NAME = ".vidkv-lock"
 
 
@@ -75,8 +76,14 @@ class SegmentWriter:
     has no gap before it. A folder has one writer at a time; `claim_folder` keeps other processes out.
     """
 
-    def __init__(self, folder: Path, fps: int, height: int, width: int, crf: int = DEFAULT_CRF) -> None:
+    def __init__(
+        self, folder: Path, fps: int, height: int, width: int, crf: int = DEFAULT_CRF, *, fence: int = 0
+    ) -> None:
         """Create the folder where needed and count the frames already in it.
+
+        Args:
+            fence: number of this writer among those that had the folder before. It is part of the names, and
+                the highest counts, so that one that does not know it has been replaced harms nothing.
 
         Raises:
             InputError: a side is odd or not positive, fps is not positive, or the folder holds
@@ -85,14 +92,18 @@ class SegmentWriter:
         """
         _check_geometry(fps, height, width)
         self.folder, self.fps, self.height, self.width, self.crf = folder, fps, height, width, crf
+        self.fence = fence
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(
-                f"cannot create the segment folder {folder}: {_reason(error)}; choose another output folder"
+                f"cannot create the segment folder {folder}: {reason(error)}; choose another output folder"
             ) from error
         # first frame of every finished segment, then that of the next one
-        self._starts = [0, *itertools.accumulate(self._frames_on_disk())]
+        self._starts, self._paths = [0], list[Path]()
+        for path, frames in self._on_disk():
+            self._starts.append(self.frames + frames)
+            self._paths.append(path)
 
     @property
     def frames(self) -> int:
@@ -110,7 +121,7 @@ class SegmentWriter:
             InputError: wrong index, shape or dtype.
             OutputError: the segment cannot be written; the segments before it stay as they are.
         """
-        following = len(self._starts) - 1
+        following = len(self._paths)
         if index != following:
             raise InputError(
                 f"segment {index} is out of order: {self.folder} continues with segment "
@@ -118,23 +129,24 @@ class SegmentWriter:
             )
         array = _as_rgb(frames, self.height, self.width)
         data = encode_segment(array, self.fps, first_frame=self.frames, crf=self.crf)
-        path = self.folder / _segment_name(index)
+        path = self.folder / _segment_name(index, self.fence)
         try:
             # whatever stands behind a gap belongs to another history and must not reappear
-            if (self.folder / _segment_name(index + 1)).exists():
+            if (self.folder / _segment_name(index + 1, self.fence)).exists():
                 _remove_segments(self.folder, index + 1)
-            _write_durably(path, data)
+            write_durably(path, data)
         except OSError as error:
             raise OutputError(
-                f"cannot write segment {path}: {_reason(error)}; the {index} segments before it "
+                f"cannot write segment {path}: {reason(error)}; the {index} segments before it "
                 "are kept: make room or choose another folder, then resume"
             ) from error
         self._starts.append(self.frames + len(array))
+        self._paths.append(path)
         return path
 
     def paths(self) -> list[Path]:
         """The finished segments in order, from 0 without gaps."""
-        return [self.folder / _segment_name(index) for index in range(len(self._starts) - 1)]
+        return list(self._paths)
 
     def drop_from(self, index: int) -> None:
         """Delete segment `index`, all later ones, and what an interrupted write left behind.
@@ -147,8 +159,9 @@ class SegmentWriter:
             raise InputError(f"segment index {index} must not be negative")
         _delete_segments(self.folder, index)
         del self._starts[index + 1 :]
+        del self._paths[index:]
 
-    def _frames_on_disk(self) -> Iterator[int]:
+    def _on_disk(self) -> Iterator[tuple[Path, int]]:
         for path in segment_paths(self.folder):
             info = _scan(path)
             if info is None:
@@ -160,7 +173,7 @@ class SegmentWriter:
                     f"segments are {self.width}x{self.height} at {self.fps} fps; choose another "
                     "folder or delete its segments"
                 )
-            yield info.frames
+            yield path, info.frames
 
 
 @contextlib.contextmanager
@@ -183,7 +196,7 @@ def claim_folder(folder: Path) -> Iterator[None]:
         lock = os.open(folder / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
         raise OutputError(
-            f"cannot create or use the segment folder {folder}: {_reason(error)}; choose another output"
+            f"cannot create or use the segment folder {folder}: {reason(error)}; choose another output"
         ) from error
     try:
         _lock(lock, folder)
@@ -246,8 +259,14 @@ def recovered_video(out: Path, number: int = 0) -> Path:
 
 def segment_paths(folder: Path) -> list[Path]:
     """Segments found in a folder, in order from 0; what stands behind a gap is ignored."""
-    numbered = (folder / _segment_name(index) for index in itertools.count())
-    return list(itertools.takewhile(Path.exists, numbered))
+    found: dict[int, tuple[int, Path]] = {}
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            name = _SEGMENT_FILE.fullmatch(entry.name)
+            if name and not name[1]:
+                index, fence = int(name[2]), int(name[3] or 0)
+                found[index] = max(found.get(index, (-1, folder)), (fence, folder / entry.name))
+    return [found[index][1] for index in itertools.takewhile(found.__contains__, itertools.count())]
 
 
 def encode_segment(
@@ -312,10 +331,10 @@ def write_video(
     try:
         frames = _remux(segments, temporary, fps, comment, max_frames)
         info = _require_whole(temporary, frames)
-        _publish(temporary, out)
+        publish(temporary, out)
     except (OSError, av.error.FFmpegError) as error:
         raise OutputError(
-            f"cannot write {out}: {_reason(error)}; the segments in {segments[0].parent} are kept: "
+            f"cannot write {out}: {reason(error)}; the segments in {segments[0].parent} are kept: "
             "make room or choose another folder, then join them again"
         ) from error
     finally:
@@ -380,7 +399,7 @@ def check_output(out: Path, *, need_bytes: int = FREE_MARGIN_BYTES) -> None:
             pass
         free_bytes = shutil.disk_usage(folder).free
     except (OSError, ValueError) as error:
-        raise OutputError(f"cannot write {str(out)!r}: {_reason(error)}; choose another output") from error
+        raise OutputError(f"cannot write {str(out)!r}: {reason(error)}; choose another output") from error
     if free_bytes < need_bytes:
         raise OutputError(
             f"output folder {str(folder)!r} has {free_bytes / 2**20:.0f} MiB free, "
@@ -388,8 +407,8 @@ def check_output(out: Path, *, need_bytes: int = FREE_MARGIN_BYTES) -> None:
         )
 
 
-def _segment_name(index: int) -> str:
-    return f"seg_{index:05d}.ts"
+def _segment_name(index: int, fence: int) -> str:
+    return f"seg_{index:05d}-{fence}.ts" if fence else f"seg_{index:05d}.ts"
 
 
 def _check_geometry(fps: int, height: int, width: int) -> None:
@@ -479,7 +498,7 @@ def _packets(segments: Sequence[Path]) -> Iterator[Packet[VideoStream]]:
                 yield from (packet for packet in container.demux(stream) if packet.size)
         except (av.error.FFmpegError, IndexError) as error:
             raise OutputError(
-                f"segment {path} cannot be read: {_reason(error)}; delete it and resume"
+                f"segment {path} cannot be read: {reason(error)}; delete it and resume"
             ) from error
 
 
@@ -514,7 +533,7 @@ def _open_input(path: Path) -> Iterator[InputContainer]:
     try:
         container = av.open(_url(path), "r", format=_format(path))
     except (av.error.FFmpegError, OSError) as error:
-        raise InputError(f"cannot read video {path}: {_reason(error)}") from error
+        raise InputError(f"cannot read video {path}: {reason(error)}") from error
     with container:
         if not container.streams.video:
             raise InputError(f"cannot read video {path}: it has no pictures")
@@ -551,37 +570,6 @@ def _boxes(path: Path) -> Iterator[tuple[str, int]]:
                 file.seek(length - 8, os.SEEK_CUR)
 
 
-def _write_durably(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_bytes(data)
-        _publish(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-
-
-def _publish(temporary: Path, final: Path) -> None:
-    """Make a complete file appear under its name: content first, then name, both durable."""
-    _fsync(temporary, os.O_RDONLY)
-    os.replace(temporary, final)
-    try:
-        _fsync(final.parent, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        # some network file systems cannot sync a folder; the rename itself has succeeded
-        if error.errno != errno.EINVAL:
-            raise
-
-
-def _fsync(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _lock(descriptor: int, folder: Path) -> None:
     """Take the lock of a segment folder; the kernel lets it go however the process ends."""
     try:
@@ -594,7 +582,7 @@ def _lock(descriptor: int, folder: Path) -> None:
         # some network file systems have no locks; a video is worth more than the guard
         if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP):
             raise OutputError(
-                f"cannot lock the segment folder {folder}: {_reason(error)}; choose another output"
+                f"cannot lock the segment folder {folder}: {reason(error)}; choose another output"
             ) from error
         mine = True
     if not mine:
@@ -613,18 +601,16 @@ def _delete_segments(folder: Path, first: int) -> None:
         _remove_segments(folder, first)
     except OSError as error:
         raise OutputError(
-            f"cannot delete segments of {folder}: {_reason(error)}; delete them by hand"
+            f"cannot delete segments of {folder}: {reason(error)}; delete them by hand"
         ) from error
 
 
 def _remove_segments(folder: Path, first: int) -> None:
     # lowest first: one deletion makes a gap, and what is behind a gap does not count
-    for path in sorted(folder.glob("seg_*.ts")):
-        digits = path.stem.removeprefix("seg_")
-        if digits.isdecimal() and int(digits) >= first:
-            path.unlink(missing_ok=True)
-    for path in folder.glob(".seg_*.ts.tmp"):
-        path.unlink(missing_ok=True)
+    for name in sorted(os.listdir(folder)):
+        kind = _SEGMENT_FILE.fullmatch(name)
+        if kind and (kind[1] or int(kind[2]) >= first):
+            (folder / name).unlink(missing_ok=True)
 
 
 def _is_folder(path: Path) -> bool:
@@ -642,7 +628,3 @@ def _url(path: Path) -> str:
 def _format(path: Path) -> str | None:
     """Named for segments: a few frames of flat colour are too short to be recognised."""
     return "mpegts" if path.suffix == ".ts" else None
-
-
-def _reason(error: BaseException) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__

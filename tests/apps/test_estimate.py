@@ -12,9 +12,9 @@ from rich.console import Console
 
 from tests.apps.commandline import run
 from vidkv.apps.estimate import estimate_report, render
-from vidkv.apps.generate import cache_spec
 from vidkv.memory import card_bytes, largest_window, plan_memory
 from vidkv.models.registry import MODELS
+from vidkv.planning import cache_spec
 
 FORCING = "self-forcing-1.3b"
 

@@ -25,6 +25,8 @@ from vidkv.apps import generate as generating
 from vidkv.models import registry
 from vidkv.models.tiny_vae import TinyVideoDecoder
 from vidkv.models.wan import CausalWanTransformer3DModel
+from vidkv.planning import plan
+from vidkv.request import EngineSettings, VideoRequest
 from vidkv.segments import probe, read_metadata
 
 PROMPT, OTHER = "a red circle bouncing", "a blue square resting"
@@ -68,8 +70,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
 
 
 def shipped(out: Path, prompt: str, seconds: float, seed: int) -> Path:
-    request = generating.Request(((0.0, prompt),), out, seconds, seed, device="cpu")
-    generating.generate(generating.plan(request), lambda *progress: None, 0.0)
+    request = VideoRequest(prompt=prompt, seconds=seconds, seed=seed)
+    generating.generate(plan(request, EngineSettings(device="cpu")), out, lambda *progress: None, 0.0)
     return out
 
 
@@ -255,10 +257,8 @@ class TestChoices:
         index.write_text(json.dumps(json.loads(index.read_text()) | {"guidance": 2.0}))
 
         def need(folder: Path, guidance: float | None) -> int:
-            request = generating.Request(
-                ((0.0, PROMPT),), tmp_path / "x.mp4", 1.0, model=str(folder), device="cpu", guidance=guidance
-            )
-            return generating.plan(request).need_bytes
+            request = VideoRequest(prompt=PROMPT, seconds=1.0, model=str(folder), guidance=guidance)
+            return plan(request, EngineSettings(device="cpu")).need_bytes
 
         assert need(saved, 3.0) == need(saved, None) == need(lasting, 1.0)
         assert need(lasting, None) == need(lasting, 3.0) > need(saved, None)

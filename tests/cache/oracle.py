@@ -184,4 +184,4 @@ def shuffle_slots(cache: KVCache, seed: int) -> None:
         place = {int(old): new for new, old in enumerate(order)}
         for frame, page in cache.table.items():
             if page.pool == name:
-                cache.table[frame] = type(page)(name, place[page.slot])
+                cache.table[frame] = type(page)(name, place[page.slot], page.serial)

@@ -515,14 +515,14 @@ class TestIntegrity:
 
     def test_a_page_without_frame(self) -> None:
         def change(cache: KVCache) -> None:
-            cache.table[77] = Page("pages", 0)
+            cache.table[77] = Page("pages", 0, 0)
 
         assert "77" in self.corrupted(change)
 
     def test_more_frames_than_fit(self) -> None:
         def change(cache: KVCache) -> None:
             cache.layout.resident = (0, 1, 2, *cache.layout.resident[2:])
-            cache.table[2] = Page("pages", cache.pools["pages"].slots)
+            cache.table[2] = Page("pages", cache.pools["pages"].slots, 0)
             cache.pools["pages"].references.append(1)
 
         assert "7 resident frames, but there is room for 6" in self.corrupted(change)
@@ -558,7 +558,9 @@ class TestIntegrity:
 
         assert "frame 1" in self.corrupted(change) and "free" in self.corrupted(change)
 
-    @pytest.mark.parametrize("page", [Page("pages", 99), Page("pages", -1), Page("attic", 0)], ids=str)
+    @pytest.mark.parametrize(
+        "page", [Page("pages", 99, 0), Page("pages", -1, 0), Page("attic", 0, 0)], ids=str
+    )
     def test_a_page_nowhere(self, page: Page) -> None:
         def change(cache: KVCache) -> None:
             cache.table[1] = page

@@ -36,10 +36,17 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Page:
-    """Where one latent frame lies: a pool (`pages` or `full`) and a slot there."""
+    """Where one latent frame lies.
+
+    Attributes:
+        pool: `pages` or `full`.
+        slot: its slot there.
+        serial: of this cache's pages written so far; two of its pages of one serial have the same bytes.
+    """
 
     pool: str
     slot: int
+    serial: int
 
 
 @dataclass(frozen=True)
@@ -149,6 +156,7 @@ class KVCache:
             g = geometry
             self.key_mean = torch.zeros(g.layers, g.batch, g.kv_heads, g.head_dim, device=device)
         self._mean_frozen = False
+        self._serial = 0
         self._commit: _Commit | None = None
         self.pages_read = 0
         self.lossy_pages_read = 0
@@ -291,7 +299,7 @@ class KVCache:
             other.table[frame] = page
         if self.key_mean is not None:
             other.key_mean = self.key_mean.clone()
-        other._mean_frozen = self._mean_frozen
+        other._mean_frozen, other._serial = self._mean_frozen, self._serial
         return other
 
     def close(self) -> None:
@@ -300,12 +308,22 @@ class KVCache:
         self.pools, self.state = {}, State.CLOSED
         self._forget_chunk()
 
-    def state_tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything a restore needs: page bytes in position order, and a JSON-able header."""
+    def page(self, frame: int) -> dict[str, Tensor]:
+        """The bytes of a resident frame on the CPU, (layers, …) by buffer name."""
+        page = self.table[frame]
+        storage = self.pools[page.pool].storage
+        return {key: buffer[:, page.slot].cpu().contiguous() for key, buffer in storage.items()}
+
+    def state_tensors(self, pages: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything a restore needs: page bytes in position order, and a JSON-able header.
+
+        Args:
+            pages: False leaves an empty place for them.
+        """
         self._expect(State.IDLE)
         tensors: dict[str, Tensor] = {}
         for name, pool in self.pools.items():
-            slots = [self.table[f].slot for f in self.layout.resident if self.table[f].pool == name]
+            slots = [self.table[f].slot for f in self.layout.resident if pages and self.table[f].pool == name]
             for key, buffer in pool.storage.items():
                 tensors[f"{name}.{key}"] = buffer[:, slots].cpu().contiguous()
         if self.key_mean is not None:
@@ -313,6 +331,8 @@ class KVCache:
         header = {
             "spec": self.spec.model_dump(),
             "resident": [[frame, self.table[frame].pool] for frame in self.layout.resident],
+            "serials": [self.table[frame].serial for frame in self.layout.resident],
+            "next_serial": self._serial,
             "sinks": list(self.layout.sinks),
             "next_frame": self.layout.next_frame,
             "mean_frozen": self._mean_frozen,
@@ -332,15 +352,15 @@ class KVCache:
             self.pools[page.pool].release(page.slot)
         self.table.clear()
         counters = dict.fromkeys(self.pools, 0)
-        for frame, name in header["resident"]:
+        for (frame, name), serial in zip(header["resident"], header["serials"], strict=True):
             pool, index = self.pools[name], counters[name]
             counters[name] += 1
             slot = pool.acquire()
             pool.load(slot, {key: tensors[f"{name}.{key}"][:, index] for key in pool.storage})
-            self.table[frame] = Page(name, slot)
+            self.table[frame] = Page(name, slot, serial)
         if self.key_mean is not None:
             self.key_mean.copy_(tensors["key_mean"])
-        self._mean_frozen = header["mean_frozen"]
+        self._mean_frozen, self._serial = header["mean_frozen"], header["next_serial"]
         self.layout = Layout(self.spec, self.geometry.chunk_frames)
         self.layout.resident = tuple(frame for frame, _ in header["resident"])
         self.layout.sinks = tuple(header["sinks"])
@@ -382,6 +402,11 @@ class KVCache:
             for key, buffer in pool.storage.items():
                 shape = (buffer.shape[0], pools.count(name), *buffer.shape[2:])
                 check_tensor(tensors, f"{name}.{key}", shape, buffer.dtype)
+        serials, given = whole_numbers(header, "serials"), range(entry(header, "next_serial", int))
+        if len(serials) != len(resident) or len(set(serials) & set(given)) != len(resident):
+            raise StateError(
+                f"the saved serials are {serials!s:.60}, not {len(resident)} different ones below {given.stop}"
+            )
         if self.key_mean is not None:
             check_tensor(tensors, "key_mean", tuple(self.key_mean.shape), self.key_mean.dtype)
 
@@ -478,7 +503,7 @@ class KVCache:
         demoted: tuple[list[int], list[int]] = ([], [])
         for frame, page in list(self.table.items()):
             if page.pool == "full" and self._pool_of(frame, sinks, end) == "pages":
-                target = Page("pages", self.pools["pages"].acquire())
+                target = self._new_page("pages")
                 demoted[0].append(page.slot)
                 demoted[1].append(target.slot)
                 self.pools["full"].release(page.slot)
@@ -486,7 +511,7 @@ class KVCache:
         writes: dict[str, tuple[list[int], list[int]]] = {}
         for frame in (f for f in kept if f >= start):
             name = self._pool_of(frame, sinks, end)
-            page = Page(name, self.pools[name].acquire())
+            page = self._new_page(name)
             self.table[frame] = page
             indices, slots = writes.setdefault(page.pool, ([], []))
             indices.append(frame - start)
@@ -502,6 +527,10 @@ class KVCache:
             },
             set(),
         )
+
+    def _new_page(self, pool: str) -> Page:
+        self._serial += 1
+        return Page(pool, self.pools[pool].acquire(), self._serial - 1)
 
     def _forget_chunk(self) -> None:
         self.opened, self.segments, self.history, self._commit = None, (), (), None

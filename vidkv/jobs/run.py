@@ -1,0 +1,350 @@
+"""One job from wherever it stands to its end."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import psutil
+import torch
+
+from vidkv.drift import blank, drift, look
+from vidkv.errors import Cancelled, NumericsError, OutputError, ResourceError, StateError, VidkvError
+from vidkv.files import reason
+from vidkv.jobs.checkpoints import Checkpoints, Interval
+from vidkv.jobs.claims import Claim
+from vidkv.jobs.folder import JobFolder
+from vidkv.jobs.records import Head, Records, digest
+from vidkv.loading import find_model
+from vidkv.pipeline import CausalVideoPipeline
+from vidkv.planning import Plan, load_pipeline, naming_shortage, open_stream, plan
+from vidkv.request import EngineSettings
+from vidkv.rollout import Chunk
+from vidkv.segments import SegmentWriter, partial_video, read_metadata, write_video
+from vidkv.stream import ChunkRecord, VideoStream
+
+Resume = Literal["exact", "light"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a job stands after a chunk.
+
+    Attributes:
+        chunk, chunks: done, and in all.
+        frames: done.
+        fps: frames per second of this run, from its first new chunk on.
+        eta_s: seconds left at that rate.
+        kv_bytes, rss_bytes: of the cache, and of the process.
+        drift: luma, saturation and contrast against the first chunk, in percent.
+        blank: the picture has become one colour.
+    """
+
+    chunk: int
+    chunks: int
+    frames: int
+    fps: float
+    eta_s: float
+    kv_bytes: int
+    rss_bytes: int
+    drift: dict[str, float]
+    blank: bool
+
+
+@dataclass(frozen=True)
+class Options:
+    """How jobs are run.
+
+    Attributes:
+        resume: `exact` writes checkpoints of cache and decoder, and a video that is taken up again goes on
+            bit for bit; `light` keeps latents alone and goes on close to it.
+        interval: of the checkpoints.
+        partial: leave `NAME.partial.mp4` when a job stops early.
+    """
+
+    resume: Resume = "exact"
+    interval: Interval = field(default_factory=Interval)
+    partial: bool = True
+
+
+class Interrupted(Cancelled):
+    """This process is to stop; the job goes on later."""
+
+
+class Runner:
+    """Does one job after the other, and keeps the networks of the last one loaded.
+
+        runner = Runner()
+        result = runner.run(folder, claim, out, report)
+
+    Args:
+        stopping: asked at every denoising step; a true answer ends the job with `Interrupted`.
+    """
+
+    def __init__(self, options: Options | None = None, stopping: Callable[[], bool] = lambda: False) -> None:
+        self.options, self.stopping = options or Options(), stopping
+        self._loaded: tuple[tuple[Path, EngineSettings], CausalVideoPipeline] | None = None
+
+    def run(
+        self, folder: JobFolder, claim: Claim, root: Path, report: Callable[[Progress], None]
+    ) -> dict[str, Any]:
+        """Make the video of a job; nothing that is finished already is made again.
+
+        Args:
+            claim: held on the folder.
+            root: the output folder, to which the job's `out` is relative.
+            report: told of every new chunk.
+
+        Returns:
+            What `result.json` is to say; it is written by whoever ends the job.
+
+        Raises:
+            Interrupted: `stopping`; what is finished stays and is a partial video.
+            Cancelled: by the job's `cancel` file; likewise.
+            Fenced: another process has the job by now.
+            VidkvError: what is wrong, likewise.
+        """
+        request, settings = folder.request()
+        out = root / folder.job()["out"]
+        begun = time.perf_counter()
+        planned = plan(request, settings)
+        if planned.key != folder.job()["key"]:
+            raise StateError(
+                f"job {planned.id} was submitted as {folder.job()['key'][:9]} and is {planned.key[:9]} now: "
+                "model, precision or a file it starts from has changed; submit it under another id"
+            )
+        work = _Work(folder, claim, planned, out, self)
+        if not work.finished():
+            pipe = self.pipeline(planned)
+            claim.check()
+            work.roll(pipe, report)
+        return work.publish() | {"wall_s": round(time.perf_counter() - begun, 3)}
+
+    def has_loaded(self, model: str, settings: Mapping[str, Any]) -> bool:
+        """Whether a job of this model and these settings needs nothing new."""
+        if self._loaded is None:
+            return False
+        folder, loaded = self._loaded[0]
+        with contextlib.suppress(VidkvError, ValueError):
+            return find_model(model) == folder and EngineSettings.model_validate(settings) == loaded
+        return False
+
+    def pipeline(self, planned: Plan) -> CausalVideoPipeline:
+        """The networks of a plan; those of the last one are kept if they are the same."""
+        wanted = (planned.folder, planned.settings)
+        if self._loaded is None or self._loaded[0] != wanted:
+            # the old ones go first: there may not be room for both
+            self._loaded = None
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self._loaded = wanted, load_pipeline(planned)
+        return self._loaded[1]
+
+
+class _Work:
+    """A job while it is run."""
+
+    def __init__(self, folder: JobFolder, claim: Claim, planned: Plan, out: Path, runner: Runner) -> None:
+        self.folder, self.claim, self.plan, self.out = folder, claim, planned, out
+        self.options, self.stopping = runner.options, runner.stopping
+        self.records = Records(folder.records, claim.fence)
+        try:
+            self.writer = SegmentWriter(folder.segments, planned.entry.fps, *planned.size, fence=claim.fence)
+        except OSError as error:
+            raise OutputError(f"cannot use {folder.path}: {reason(error)}; check its rights") from error
+        self.checkpoints = Checkpoints(folder.checkpoints, claim.fence, self.options.interval)
+        self.resumed_at: int | None = None
+        self.note: str | None = None
+        self.digest, self.first_look = "", dict[str, float]()
+
+    @property
+    def committed(self) -> int:
+        """Chunks that have both a segment and a record."""
+        return min(len(self.writer.paths()), self.records.chunks)
+
+    def finished(self) -> bool:
+        """Whether all chunks are there."""
+        return self.committed >= self.plan.chunks
+
+    def roll(self, pipe: CausalVideoPipeline, report: Callable[[Progress], None]) -> None:
+        """Make the chunks that are missing."""
+        stream = self._resume(pipe)
+        process = psutil.Process()
+        started, made = time.perf_counter(), 0
+        try:
+            with naming_shortage(self.plan):
+                for chunk in stream:
+                    if chunk.index >= self.committed:
+                        seen = self._commit(chunk, stream)
+                        if not made:
+                            # the first one pays for what is loaded lazily
+                            started = time.perf_counter()
+                        made += 1
+                        report(self._progress(chunk, seen, made, started, process))
+                    if self.options.resume == "exact":
+                        self.checkpoints.consider(stream.rollout)
+                    self._prune(stream)
+                    self._check(chunk.index, -1)
+        except Cancelled:
+            self.keeppartial_video("stopped")
+            raise
+        except (VidkvError, RuntimeError) as error:
+            self.keeppartial_video(str(error))
+            raise
+        finally:
+            stream.close()
+
+    def publish(self) -> dict[str, Any]:
+        """Join the segments under the final name; what stands there from an earlier attempt is taken."""
+        self.claim.check()
+        metadata = self.plan.metadata() | {"job": self.plan.key}
+        if self.note:
+            metadata["resumed"] = self.note
+        head = self.records.head(self.plan.chunks - 1)
+        if not _is_ours(self.out, self.plan.key):
+            if self.out.exists():
+                raise OutputError(
+                    f"{self.out} is another video; move it away or give the job another id, then run again"
+                )
+            try:
+                self.out.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise OutputError(f"cannot create {self.out.parent}: {reason(error)}") from error
+            write_video(self.writer.paths(), self.out, self.plan.entry.fps, metadata)
+        partial_video(self.out).unlink(missing_ok=True)
+        return {
+            "state": "done",
+            "out": str(self.out),
+            "frames": head.frames,
+            "chunks": self.plan.chunks,
+            "latents_sha256": head.digest,
+            "size_bytes": self.out.stat().st_size,
+            "resumed_at": self.resumed_at,
+            "note": self.note,
+        }
+
+    def keeppartial_video(self, why: str) -> None:
+        """Leave what there is as a playable file beside the final name."""
+        paths = self.writer.paths()
+        if not paths or not self.options.partial:
+            return
+        metadata = self.plan.metadata() | {"job": self.plan.key, "partial": "true", "stopped": why[:500]}
+        # the segments stay, so a file that cannot be written costs nothing
+        with contextlib.suppress(VidkvError, OSError):
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            write_video(paths, partial_video(self.out), self.plan.entry.fps, metadata)
+
+    def _resume(self, pipe: CausalVideoPipeline) -> VideoStream:
+        """A stream that stands where the video can be taken up, or that runs over what is there."""
+        while True:
+            self.claim.check()
+            self.records.drop_from(self.committed)
+            self.writer.drop_from(self.committed)
+            if self.committed:
+                head = self._read_head(self.committed - 1)
+                if head is None:
+                    continue
+                self.digest, self.first_look = head.digest, head.first_look
+            else:
+                self.digest, self.first_look = "", {}
+            stream = open_stream(self.plan, pipe, on_step=self._check)
+            if not self.committed:
+                return stream
+            self.resumed_at = self.committed
+            damaged = self._stand(stream)
+            if damaged is None:
+                return stream
+            stream.close()
+            self.records.drop_from(damaged)
+            self.writer.drop_from(damaged)
+
+    def _read_head(self, chunk: int) -> Head | None:
+        try:
+            return self.records.head(chunk)
+        except (StateError, KeyError):
+            self.records.drop_from(chunk)
+            return None
+
+    def _stand(self, stream: VideoStream) -> int | None:
+        """Bring a fresh stream to the last committed chunk; returns the first damaged record, if one is."""
+        if self.options.resume == "exact":
+            begin = self.checkpoints.load(stream.restore, stream.rollout, self.committed)
+            if begin or all(chunk in self.records for chunk in range(self.committed)):
+                # those in between are taken over as they come
+                stream.records = self._record
+                return self._first_damaged(range(begin, self.committed))
+        kept = stream.rollout.chunks_kept(self.committed)
+        damaged = self._first_damaged(kept)
+        if damaged is None:
+            records = {chunk: self.records.read(chunk) for chunk in kept}
+            stream.rebuild(self.committed, cast(dict[int, ChunkRecord], records))
+            self.note = f"light, at chunk {self.committed}"
+        return damaged
+
+    def _first_damaged(self, chunks: Iterable[int]) -> int | None:
+        for chunk in chunks:
+            try:
+                if self.records.read(chunk) is None:
+                    return chunk
+            except StateError:
+                return chunk
+        return None
+
+    def _record(self, chunk: int) -> ChunkRecord | None:
+        return self.records.read(chunk) if chunk < self.committed else None
+
+    def _commit(self, chunk: Chunk, stream: VideoStream) -> dict[str, float]:
+        """Segment, then record: from then on the chunk is done."""
+        assert chunk.frames is not None
+        frames = chunk.frames[0]
+        seen = look(frames)
+        self.first_look = self.first_look or seen
+        self.digest = digest(self.digest, chunk.latents)
+        self.writer.write(chunk.index, frames)
+        head = Head(self.writer.frames, self.digest, self.first_look)
+        self.records.add(chunk.index, chunk.latents, stream.rollout, head)
+        return seen
+
+    def _prune(self, stream: VideoStream) -> None:
+        """Drop records that no way of going on needs."""
+        chunk = stream.rollout.chunk
+        since = chunk if self.options.resume == "light" else min(chunk, self.checkpoints.oldest())
+        self.records.keep(stream.rollout.chunks_kept(chunk), since)
+
+    def _progress(
+        self, chunk: Chunk, seen: dict[str, float], made: int, started: float, process: psutil.Process
+    ) -> Progress:
+        elapsed = time.perf_counter() - started
+        assert chunk.frames is not None
+        per_chunk = elapsed / (made - 1) if made > 1 else 0.0
+        fps = chunk.frames.shape[1] / per_chunk if per_chunk else 0.0
+        left = self.plan.chunks - chunk.index - 1
+        return Progress(
+            chunk.index + 1, self.plan.chunks, self.writer.frames, round(fps, 2), round(left * per_chunk, 1),
+            chunk.stats.kv_bytes, process.memory_info().rss, drift(self.first_look, seen),
+            blank(seen) and not blank(self.first_look),
+        )  # fmt: skip
+
+    def _check(self, chunk: int, step: int) -> None:
+        """Between denoising steps: is this to stop?"""
+        if self.stopping():
+            raise Interrupted("this process was told to stop")
+        if self.folder.cancelled:
+            raise Cancelled("the job was cancelled")
+
+
+def permanent(error: BaseException) -> bool:
+    """Whether trying again would end the same way."""
+    if isinstance(error, OutputError | ResourceError):
+        return False
+    return isinstance(error, VidkvError) and not isinstance(error, NumericsError)
+
+
+def _is_ours(out: Path, key: str) -> bool:
+    with contextlib.suppress(VidkvError):
+        return out.is_file() and read_metadata(out).get("job") == key
+    return False

@@ -1,0 +1,163 @@
+"""A process that takes jobs from a store, one after the other."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vidkv.errors import Cancelled, VidkvError
+from vidkv.jobs.claims import BEAT_S, Claim, Fenced
+from vidkv.jobs.run import Interrupted, Options, Runner, permanent
+from vidkv.jobs.store import Job, JobStore, State
+
+IDLE_S = 0.1
+LOG = logging.getLogger("vidkv.jobs")
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What a worker is to do.
+
+    Attributes:
+        root, name: the store.
+        worker: its own name.
+        retries: attempts after the first, of errors that may pass.
+        idle: wait for more jobs when there are none, instead of ending.
+        gpu: number of the GPU it computes on; None: the CPU.
+        threads: of torch, on the CPU.
+    """
+
+    root: Path
+    name: str
+    worker: str
+    options: Options = field(default_factory=Options)
+    retries: int = 2
+    idle: bool = False
+    gpu: int | None = None
+    threads: int | None = None
+
+
+class Worker:
+    """Takes jobs until there are none, or until it is told to stop.
+
+    Args:
+        stopping: asked at every denoising step.
+    """
+
+    def __init__(self, store: JobStore, orders: Orders, stopping: Callable[[], bool] = lambda: False) -> None:
+        self.store, self.orders, self.stopping = store, orders, stopping
+        self.lost = threading.Event()
+        self.runner = Runner(orders.options, lambda: stopping() or self.lost.is_set())
+
+    def work(self) -> None:
+        """Do jobs; returns when told to stop or, without `idle`, when all have ended."""
+        while not self.stopping():
+            taken = self.store.claim_next(self.orders.worker, self._loaded)
+            if taken is not None:
+                self.do(*taken)
+                continue
+            # jobs that this worker had to leave as they were
+            self.store.recover([self.orders.worker])
+            counts = self.store.counts()
+            if not self.orders.idle and not counts[State.QUEUED] + counts[State.RUNNING]:
+                return
+            time.sleep(IDLE_S)
+
+    def do(self, job: Job, claim: Claim) -> None:
+        """Run one job and say what became of it."""
+        self.lost.clear()
+        over = threading.Event()
+        beating = threading.Thread(target=self._beat, args=(claim, over), daemon=True)
+        beating.start()
+        try:
+            self._do(job, claim)
+        except Fenced as error:
+            LOG.warning("%s", error)
+        except VidkvError as error:
+            # nothing can be written: the job stays as it is, and whoever recovers finds it so
+            LOG.warning("%s: %s", job.id, error)
+            time.sleep(IDLE_S)
+        finally:
+            over.set()
+            beating.join()
+            claim.release()
+
+    def _do(self, job: Job, claim: Claim) -> None:
+        folder = self.store.folder(job)
+        # what becomes of a job is for its holder to say: each of these looks whether that is still this one
+        try:
+            result = self.runner.run(folder, claim, self.store.root, lambda p: self.store.report(job.id, p))
+            self.store.finish(job, result)
+        except Fenced:
+            raise
+        except Interrupted:
+            claim.check()
+            self.store.put_back(job)
+        except Cancelled as error:
+            claim.check()
+            self.store.finish(job, {"state": State.CANCELLED.value, "error": str(error)})
+        except Exception as error:
+            claim.check()
+            if not isinstance(error, VidkvError):
+                LOG.exception("job %s", job.id)
+            self._failed(job, error)
+
+    def _failed(self, job: Job, error: Exception) -> None:
+        text = str(error) if isinstance(error, VidkvError) else f"{type(error).__name__}: {error}"
+        if permanent(error):
+            self.store.finish(job, {"state": State.FAILED.value, "error": text})
+        else:
+            self.store.put_back(job, text, self.orders.retries)
+
+    def _beat(self, claim: Claim, over: threading.Event) -> None:
+        while not over.wait(BEAT_S):
+            try:
+                claim.beat()
+            except Fenced:
+                self.lost.set()
+                return
+            except VidkvError as error:
+                LOG.warning("%s", error)
+
+    def _loaded(self, job: Job) -> bool:
+        return self.runner.has_loaded(str(job.request.get("model", "bounce")), job.settings)
+
+
+def process_main(orders: Orders) -> None:
+    """What a worker process runs; it ends with its parent."""
+    # a terminal's Ctrl-C reaches all processes; the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    if orders.gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(orders.gpu)
+    if orders.threads:
+        torch.set_num_threads(orders.threads)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_outlive, args=(parent, stop), daemon=True).start()
+    try:
+        with JobStore(orders.root, orders.name) as store:
+            Worker(store, orders, stop.is_set).work()
+    except VidkvError as error:
+        LOG.error("%s", error)
+        sys.exit(2)
+
+
+def _outlive(parent: Any, stop: threading.Event) -> None:
+    """Nobody is left to say what to do."""
+    parent.join()
+    stop.set()
+    time.sleep(10)
+    os._exit(1)
