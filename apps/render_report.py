@@ -273,7 +273,7 @@ def _plan_lines(total: Mapping[str, Any]) -> list[str]:
     else:
         least = "at least " if total["unknown_output"] else "about "
         short = "; MAKE ROOM FIRST" if total["output_bytes"] > total["free_bytes"] else ""
-        lines.append(f"disk: {least}{gigabytes(total['output_bytes'])} of videos, {room}{short}")
+        lines.append(f"disk: {least}{_size(total['output_bytes'])} of videos, {room}{short}")
     lines.append(f"memory: {gigabytes(total['need_bytes'])} on each device for the largest video")
     return lines
 
@@ -359,7 +359,7 @@ def _job_entry(
     request, result = job.request, job.result
     model = str(request.get("model", "bounce"))
     fps = rates.of(model)
-    seconds = job.frames / fps if fps else _number(request, "seconds")
+    seconds = round(job.frames / fps, 3) if fps else None
     already = job.state is State.DONE and before is not None and before.state is State.DONE
     partial = partial_video(store.file(job))
     return {
@@ -371,7 +371,7 @@ def _job_entry(
         "partial": None if job.state is State.DONE or not partial.is_file() else _beside(out, partial),
         "frames": job.frames,
         "frames_of_this_run": 0 if already else _frames_since(job, before),
-        "seconds": round(seconds, 3),
+        "seconds": seconds,
         "chunks": job.chunks,
         "chunks_done": job.chunks if job.state is State.DONE else job.done,
         "wall_s": result.get("wall_s"),
@@ -467,6 +467,8 @@ def look_at(path: Path, count: int = PICTURES) -> Look:
         # a relative path with a colon would be read as a protocol
         with av.open(str(path.absolute())) as container:
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise InputError("its pictures are of an unknown kind")
             if not 0 < stream.width * stream.height <= MAX_PIXELS:
                 raise InputError(f"{path.name} claims {stream.width}x{stream.height} pixels")
             # a frame or two of each place: starting threads costs more
@@ -474,7 +476,7 @@ def look_at(path: Path, count: int = PICTURES) -> Look:
             return _look(container, stream, count)
     except FileNotFoundError:
         raise InputError("the file is missing") from None
-    except (OSError, IndexError, ValueError, av.error.FFmpegError) as error:
+    except (OSError, IndexError, ValueError, MemoryError, av.error.FFmpegError) as error:
         raise InputError(f"the file cannot be read: {_line(reason(error), 200)}") from None
 
 
@@ -520,10 +522,13 @@ def _frame_at(
 
 
 def _webp(frame: VideoFrame, side: int) -> bytes:
+    from PIL import Image
+
     scale = min(1.0, side / max(frame.width, frame.height))
     width, height = (max(1, round(length * scale)) for length in (frame.width, frame.height))
     buffer = io.BytesIO()
-    frame.to_image(width=width, height=height).save(buffer, "WEBP", quality=72, method=2)
+    pixels = frame.to_ndarray(format="rgb24", width=width, height=height)
+    Image.fromarray(pixels).save(buffer, "WEBP", quality=72, method=2)
     return buffer.getvalue()
 
 
@@ -559,7 +564,7 @@ _VOID = ("img", "meta", "link", "input", "br")
 _UNWRITABLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
-def tag(name: str, *children: str, **attributes: str | int | bool | None) -> Html:
+def tag(name: str, /, *children: str, **attributes: str | int | bool | None) -> Html:
     """An element. Children that are not `Html`, and all attributes, are escaped.
 
     Args:
@@ -629,7 +634,7 @@ def _header(title: str, report: Mapping[str, Any]) -> Html:
     left = counts["queued"] + counts["running"]
     figures = [
         ("done", f"{counts['done']:,}", True),
-        ("done before", f"{report['already_done']:,}", bool(report["already_done"])),
+        ("of them before", f"{report['already_done']:,}", bool(report["already_done"])),
         ("failed", f"{counts['failed']:,}", bool(counts["failed"])),
         ("cancelled", f"{counts['cancelled']:,}", bool(counts["cancelled"])),
         ("unfinished", f"{left:,}", bool(left)),
@@ -653,12 +658,18 @@ def _when(iso: str) -> str:
     return iso[:16].replace("T", " ")
 
 
+_NAMES = {"queued": "unfinished"}
+
+
 def _filters(counts: Mapping[str, int]) -> Html:
     """Show one state alone, by style sheet."""
     there = [state for state, count in counts.items() if count]
     if len(there) < 2:
         return Html("")
-    options = [("all", f"all {sum(counts.values()):,}"), *((s, f"{s} {counts[s]:,}") for s in there)]
+    options = [
+        ("all", f"all {sum(counts.values()):,}"),
+        *((s, f"{_NAMES.get(s, s)} {counts[s]:,}") for s in there),
+    ]
     choices = [
         tag(
             "label",
@@ -693,10 +704,11 @@ def _card(store: JobStore, job: Job, entry: Mapping[str, Any], album: _Album) ->
             trouble = f"{error}; {_ANEW}"
     elif link is not None:
         trouble = "the file is missing; run again to make it anew"
-    parts = [_player(link, look, job)] if there and (look or not trouble) else []
+    shown = look.pictures if look else not trouble
+    parts = [_player(link, look, job)] if link is not None and there and shown else []
     parts += [_strip(look)] if look and look.pictures else []
     words = [
-        tag("div", _heading(link if there else None, job), _badge(job, entry), class_="head"),
+        tag("div", _heading(link if there else None, job), _badge(job, entry, trouble), class_="head"),
         tag("p", str(entry["prompt"]), class_="prompt", dir="auto", tabindex=_scrolls(str(entry["prompt"]))),
     ]
     if trouble:
@@ -736,7 +748,9 @@ def _heading(link: str | None, job: Job) -> Html:
     return tag("h2", tag("a", job.id, href=_url(link)))
 
 
-def _badge(job: Job, entry: Mapping[str, Any]) -> Html:
+def _badge(job: Job, entry: Mapping[str, Any], trouble: str | None = None) -> Html:
+    if trouble and job.state is State.DONE:
+        return tag("span", "damaged", class_="badge bad")
     texts = {
         State.QUEUED: f"unfinished, {entry['chunks_done']} of {job.chunks}" if job.done else "not begun",
         State.RUNNING: f"unfinished, {entry['chunks_done']} of {job.chunks}",
@@ -801,7 +815,7 @@ def _settings(job: Job, entry: Mapping[str, Any], look: Look | None) -> Html:
     wall, size = _number(entry, "wall_s"), _number(entry, "size_bytes")
     sha = entry["latents_sha256"]
     shown = {
-        "length": f"{entry['seconds']:g} s, {job.frames:,} frames" if job.frames else None,
+        "length": _length(job.frames, entry["seconds"]),
         "size": f"{width}x{height}" if width and height else None,
         "seed": str(entry["seed"]),
         "model": entry["model"],
@@ -810,11 +824,11 @@ def _settings(job: Job, entry: Mapping[str, Any], look: Look | None) -> Html:
         else None,
         **{name: _said(request.get(name)) for name in _FURTHER},
         "took": clock_time(math.ceil(wall)) if wall else None,
-        "file": gigabytes(int(size)) if size >= 10**6 else f"{size / 1e3:.0f} kB" if size else None,
+        "file": _size(int(size)) if size else None,
         "attempts": str(job.attempts) if job.attempts else None,
         "resumed": f"at chunk {entry['resumed_at']}" if entry["resumed_at"] else None,
         "note": _said(entry["note"]),
-        "latents": f"sha256 {sha[:12]}" if isinstance(sha, str) else None,
+        "latents, sha256": sha[:12] if isinstance(sha, str) else None,
     }
     pairs = [
         tag("div", tag("dt", name), tag("dd", tag("bdi", str(value))))
@@ -822,6 +836,12 @@ def _settings(job: Job, entry: Mapping[str, Any], look: Look | None) -> Html:
         if value is not None
     ]
     return tag("dl", *pairs, class_="settings")
+
+
+def _length(frames: int, seconds: float | None) -> str | None:
+    if not frames:
+        return None
+    return f"{frames:,} frames" if seconds is None else f"{seconds:g} s, {frames:,} frames"
 
 
 _FURTHER = ("steps", "guidance", "negative", "switch", "image", "video")
@@ -847,6 +867,10 @@ def _item(job: Job, entry: Mapping[str, Any]) -> Html:
 def _url(path: str) -> str:
     """A relative link; `./` keeps a name with a colon from being read as a protocol."""
     return f"./{quote(path.encode(errors='surrogateescape'))}"
+
+
+def _size(count: int) -> str:
+    return gigabytes(count) if count >= 10**7 else f"{count / 1e3:,.0f} kB"
 
 
 def _line(text: str, limit: int) -> str:
@@ -916,7 +940,7 @@ h2.more { margin: 2.5rem 0 .75rem; font-size: 1.25rem; }
 .badge { flex: none; padding: .1rem .6rem; border-radius: 99px; font-size: .75rem; font-weight: 600;
   background: var(--wait-back); color: var(--wait); }
 .is-done .badge { background: var(--good-back); color: var(--good); }
-.is-failed .badge { background: var(--bad-back); color: var(--bad); }
+.is-failed .badge, .badge.bad { background: var(--bad-back); color: var(--bad); }
 .prompt { margin: 0; max-height: 9.5em; overflow: auto; white-space: pre-wrap; overflow-wrap: anywhere; }
 .error { margin: 0; padding: .6rem .75rem; border-radius: 8px; background: var(--bad-back); color: var(--bad);
   font-size: .875rem; max-height: 12em; overflow: auto; overflow-wrap: anywhere; }
@@ -924,7 +948,7 @@ h2.more { margin: 2.5rem 0 .75rem; font-size: 1.25rem; }
 details { font-size: .875rem; }
 summary { cursor: pointer; color: var(--accent); }
 ol { margin: .5rem 0 0; padding-left: 1.25rem; max-height: 16em; overflow: auto; overflow-wrap: anywhere; }
-.settings { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); gap: .5rem 1rem;
+.settings { display: grid; grid-template-columns: repeat(auto-fill, minmax(7.25rem, 1fr)); gap: .5rem 1rem;
   margin: 0; padding-top: .75rem; border-top: 1px solid var(--line); font-size: .8125rem; }
 .settings dt { color: var(--quiet); }
 .settings dd { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }

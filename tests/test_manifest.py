@@ -48,7 +48,7 @@ class TestFaults:
             ({"prompt": "a", "sed": 1}, "sed=1 is not known; did you mean seed?"),
             ({"prompt": "a", "id": "a b"}, "id='a b': use 1 to 80 letters, digits, '.', '_' and '-'"),
             ({"prompt": "a", "out": "a.avi"}, "out='a.avi': it must end in .mp4"),
-            ({"prompt": "a", "schedule": "5"}, "schedule='5': '5' is not SECOND: PROMPT, such as '12.5: a blue circle'"),
+            ({"prompt": "a", "schedule": [[-1, "b"]]}, "schedule.0.0=-1: input should be greater than or equal to 0"),
             ({"prompt": "a", "image": ""}, "image='': give the path of a file, of at most 4096 bytes"),
             ([], '[]: give a mapping such as {"prompt": "a circle"}'),
             ("a red circle", "'a red circle': give a mapping such as {\"prompt\": \"a circle\"}"),
@@ -235,7 +235,7 @@ class TestFiles:
 REQUESTS = st.builds(
     lambda **values: VideoRequest.of({name: value for name, value in values.items() if value is not None}),
     prompt=st.text(min_size=1, max_size=20).map(lambda text: f"a{text}".replace("\0", "")),
-    schedule=st.lists(st.tuples(st.floats(0, 1e6), st.sampled_from(["a", "b: c; d", '"f",\n', "é🦊"])), max_size=3),
+    schedule=st.lists(st.tuples(st.floats(0, 1e6), st.sampled_from(["b: c; d", '"f",\n', "é🦊"])), max_size=3),
     seed=st.integers(0, 2**64 - 1) | st.none(),
     seconds=st.floats(0, 1e9, exclude_min=True) | st.none(),
     model=st.sampled_from(["bounce", "./a b", "ü"]) | st.none(),

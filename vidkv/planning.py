@@ -66,6 +66,11 @@ class Plan:
         first = _first_chunk_frames(self.request, self.entry)
         return chunks_for(self.frames, self.entry.chunk_frames, first=first)
 
+    def frames_before(self, chunk: int) -> int:
+        """Pixel frames of the video before a chunk."""
+        first = _first_chunk_frames(self.request, self.entry)
+        return min(self.frames, pixel_frames(latents_before(chunk, self.entry.chunk_frames, first)))
+
     @property
     def size(self) -> tuple[int, int]:
         """Height and width in pixels."""

@@ -110,6 +110,11 @@ class SegmentWriter:
         """Frames in the finished segments."""
         return self._starts[-1]
 
+    @property
+    def starts(self) -> list[int]:
+        """First frame of every finished segment, then that of the next one."""
+        return list(self._starts)
+
     def write(self, index: int, frames: Frames) -> Path:
         """Encode one chunk and put it under its final name, durably.
 

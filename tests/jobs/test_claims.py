@@ -19,6 +19,9 @@ from vidkv.errors import OutputError
 from vidkv.jobs import claims
 from vidkv.jobs.claims import Claim, Claims, Fenced
 
+# a child here calls nothing that another thread's lock could hold up
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+
 
 class Clock:
     """A monotonic clock that stands still until it is moved."""

@@ -6,7 +6,6 @@ others. Beside them it holds what does change: the decoder's memory, the window'
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vidkv.errors import OutputError, StateError
-from vidkv.files import reason, write_json
+from vidkv.files import file_sha256, reason, write_json
 from vidkv.rollout import CACHES, Rollout
 from vidkv.state import Tensors, check_description, describe, read_tensors, write_tensors
 
@@ -140,7 +139,7 @@ class Checkpoints:
                 if not {commit["state"], *commit["pages"].values()} <= set(commit["sha256"]):
                     raise StateError(f"{path.name} is damaged")
                 for file, wanted in commit["sha256"].items():
-                    if _sha256(self.folder / file) != wanted:
+                    if file_sha256(self.folder / file) != wanted:
                         raise StateError(f"{file} is damaged")
                 tensors, header = read_tensors(self.folder / commit["state"])
                 state = check_description(rollout, header)
@@ -169,7 +168,7 @@ class Checkpoints:
     def _write(self, name: str, tensors: Tensors, header: dict[str, Any]) -> int:
         path = self.folder / name
         write_tensors(path, tensors, header)
-        self._digests[name] = _sha256(path)
+        self._digests[name] = file_sha256(path)
         return path.stat().st_size
 
     def _with_pages(self, tensors: Tensors, state: Mapping[str, Any], files: Mapping[str, str]) -> Tensors:
@@ -205,8 +204,3 @@ class Checkpoints:
 def _column(page: Tensor) -> Tensor:
     """(layers, …) as (layers, 1, …)."""
     return page.unsqueeze(1)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

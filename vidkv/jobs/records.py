@@ -34,11 +34,13 @@ class Head:
     Attributes:
         frames: pixel frames of the video up to and including this chunk.
         digest: SHA-256 over the latents of all chunks up to this one, each over the one before.
+        segment: SHA-256 of the chunk's segment.
         first_look: what the first chunk looked like, see `drift`.
     """
 
     frames: int
     digest: str
+    segment: str
     first_look: dict[str, float]
 
 
@@ -83,6 +85,7 @@ class Records:
             "prefix": [rollout.prefix_chunks, rollout.prefix_frames],
             "frames": head.frames,
             "digest": head.digest,
+            "segment": head.segment,
             "first_look": head.first_look,
         }
         tensors = {"latents": latents.cpu().contiguous()} | {f"noise.{k}": t.cpu() for k, t in noise.items()}
@@ -114,7 +117,7 @@ class Records:
             StateError: it is missing or damaged.
         """
         _, header = self._load(chunk)
-        return Head(header["frames"], header["digest"], header["first_look"])
+        return Head(header["frames"], header["digest"], header["segment"], header["first_look"])
 
     def drop_from(self, chunk: int) -> None:
         """Delete this chunk's record and all later ones."""

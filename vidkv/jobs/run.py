@@ -14,7 +14,7 @@ import torch
 
 from vidkv.drift import blank, drift, look
 from vidkv.errors import Cancelled, NumericsError, OutputError, ResourceError, StateError, VidkvError
-from vidkv.files import reason
+from vidkv.files import file_sha256, reason
 from vidkv.jobs.checkpoints import Checkpoints, Interval
 from vidkv.jobs.claims import Claim
 from vidkv.jobs.folder import JobFolder
@@ -242,12 +242,11 @@ class _Work:
         """A stream that stands where the video can be taken up, or that runs over what is there."""
         while True:
             self.claim.check()
-            self.records.drop_from(self.committed)
-            self.writer.drop_from(self.committed)
+            whole = self._whole_segments()
+            self.records.drop_from(whole)
+            self.writer.drop_from(whole)
             if self.committed:
-                head = self._read_head(self.committed - 1)
-                if head is None:
-                    continue
+                head = self.records.head(self.committed - 1)
                 self.digest, self.first_look = head.digest, head.first_look
             else:
                 self.digest, self.first_look = "", {}
@@ -262,11 +261,22 @@ class _Work:
             self.records.drop_from(damaged)
             self.writer.drop_from(damaged)
 
+    def _whole_segments(self) -> int:
+        """Committed chunks before the first whose segment is not what was written."""
+        paths, frames = self.writer.paths(), self.writer.starts
+        for chunk in range(self.committed):
+            if frames[chunk + 1] != self.plan.frames_before(chunk + 1):
+                return chunk
+            if chunk in self.records:
+                head = self._read_head(chunk)
+                if head is None or head.segment != file_sha256(paths[chunk]):
+                    return chunk
+        return self.committed
+
     def _read_head(self, chunk: int) -> Head | None:
         try:
             return self.records.head(chunk)
         except (StateError, KeyError):
-            self.records.drop_from(chunk)
             return None
 
     def _stand(self, stream: VideoStream) -> int | None:
@@ -304,8 +314,8 @@ class _Work:
         seen = look(frames)
         self.first_look = self.first_look or seen
         self.digest = digest(self.digest, chunk.latents)
-        self.writer.write(chunk.index, frames)
-        head = Head(self.writer.frames, self.digest, self.first_look)
+        path = self.writer.write(chunk.index, frames)
+        head = Head(self.writer.frames, self.digest, file_sha256(path), self.first_look)
         self.records.add(chunk.index, chunk.latents, stream.rollout, head)
         return seen
 

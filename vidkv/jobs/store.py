@@ -419,7 +419,7 @@ class JobStore:
             self.finish(job, {"state": State.CANCELLED.value, "error": "the job was cancelled"})
             return
         if error is None:
-            self._move(job.id, State.QUEUED, worker=None)
+            self._move(job.id, State.QUEUED, only=State.RUNNING, worker=None)
             return
         attempts = job.attempts + 1
         if retries is not None and attempts > retries:
@@ -427,7 +427,7 @@ class JobStore:
             return
         wait = min(MAX_BACKOFF_S, BACKOFF_S * 2 ** (attempts - 1))
         self._move(
-            job.id, State.QUEUED, worker=None, error=error, attempts=attempts,
+            job.id, State.QUEUED, only=State.RUNNING, worker=None, error=error, attempts=attempts,
             not_before=time.monotonic() + wait,
         )  # fmt: skip
 
