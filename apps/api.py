@@ -620,7 +620,6 @@ class Service:
         self.stopping: Callable[[], bool] = lambda: False
         self.ailing: Callable[[], str | None] = lambda: None
         self.streams = self.receiving = 0
-        self._submitting = threading.Lock()
         self._paths = sorted({str(store.root), str(store.root.resolve())}, key=len, reverse=True)
 
     def find(self, id: str) -> Job:
@@ -714,14 +713,7 @@ class Service:
         return planned
 
     def _submit(self, planned: Plan) -> Job:
-        # one at a time, so that a job that is queued again cannot slip past the limit
-        with self._submitting:
-            with contextlib.suppress(InputError):
-                job = self.store.get(planned.id)
-                whole = job.state is State.DONE and self.store.file(job).is_file()
-                if job.key == planned.key and job.ended and not whole:
-                    self.require_room(None)
-            return self.store.submit_plan(planned, most=self.limits.queue, again=True)
+        return self.store.submit_plan(planned, most=self.limits.queue, again=True)
 
     def page(self, limit: int, after: str | None, order: Literal["asc", "desc"]) -> VideoList:
         """Some jobs, in the order they were submitted or against it."""

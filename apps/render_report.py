@@ -48,7 +48,7 @@ PICTURE_SIDE, POSTER_SIDE = 200, 400
 MAX_CARDS = 500
 """Jobs with pictures and settings; those after them are lines with a link."""
 MAX_PICTURE_BYTES = 32 * 2**20
-PICTURES_S, STOPPED_PICTURES_S = 30.0, 2.0
+PICTURES_S, STOPPED_PICTURES_S = 30.0, 1.0
 """Time for pictures. A run that was stopped has to be over within ten seconds."""
 MAX_PIXELS = 64_000_000
 MAX_LISTED = 200
@@ -256,14 +256,14 @@ def _plan_table(rows: Sequence[Mapping[str, Any]]) -> Any:
 
 def _plan_lines(total: Mapping[str, Any]) -> list[str]:
     counts = ", ".join(f"{count:,} {state}" for state, count in total["states"].items())
-    lines = [f"{total['jobs']:,} videos: {counts or 'none'}"]
+    lines = [f"{_videos(total['jobs'])}: {counts or 'none'}"]
     if not total["to_make"]:
         return [*lines, "nothing is left to make"]
     known, unknown = total["to_make"] - total["unknown"], total["unknown"]
     if not known:
         lines.append("time: unknown until the first chunk; no job like these has been rendered here")
     else:
-        rest = f", and {unknown:,} videos unknown until their first chunk" if unknown else ""
+        rest = f", and {_videos(unknown)} unknown until the first chunk" if unknown else ""
         lines.append(
             f"time: {_about(total['estimate_s'])} on {', '.join(total['devices'])}, by earlier jobs{rest}"
         )
@@ -276,6 +276,10 @@ def _plan_lines(total: Mapping[str, Any]) -> list[str]:
         lines.append(f"disk: {least}{_size(total['output_bytes'])} of videos, {room}{short}")
     lines.append(f"memory: {gigabytes(total['need_bytes'])} on each device for the largest video")
     return lines
+
+
+def _videos(count: int) -> str:
+    return f"{count:,} video{'' if count == 1 else 's'}"
 
 
 def _about(seconds: float | None) -> str:
@@ -599,7 +603,7 @@ def contact_sheet(
     pairs = list(zip(jobs, report["jobs"], strict=True))
     cards = [_card(store, job, entry, album) for job, entry in pairs[:MAX_CARDS]]
     later = [_item(job, entry) for job, entry in pairs[MAX_CARDS:]]
-    title = f"{out.absolute().name or 'renders'}: {len(jobs):,} videos"
+    title = f"{out.absolute().name or 'renders'}: {_videos(len(jobs))}"
     body = [
         _header(title, report),
         _filters(report["counts"]),

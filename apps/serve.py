@@ -25,6 +25,10 @@ from vidkv.request import EngineSettings, shown
 MIN_TOKEN = 16
 DRAIN_S = 2.0
 """How long answers that are under way may take once the server has been told to stop."""
+START_S, STOP_S = 1.0, 7.0
+"""How long after that workers are waited for: until the supervisor sees that it is to stop them, then until
+it has. It was told at the same time. A worker that is still being started cannot be stopped and has nothing
+to save; it ends when it finds this process gone."""
 LINGER_S = 5.0
 """How long /health says that the workers are gone before the server ends."""
 CONNECTIONS = 2_048
@@ -84,7 +88,9 @@ def serve(
                 # uvicorn's own handlers stand in while it runs, and hand signals on to ours at its end
                 server.run([listener])
                 server.should_exit = True
-                crew.join()
+                crew.join(START_S)
+                if crew.stopping:
+                    crew.join(STOP_S)
     if crew.error is not None:
         raise crew.error
     return signals[0] if signals else 0
@@ -95,12 +101,14 @@ class Crew(threading.Thread):
 
     Attributes:
         error: what the workers ended in.
+        stopping: it is ending them.
     """
 
     def __init__(self, supervisor: Supervisor, server: uvicorn.Server) -> None:
-        super().__init__(name="supervisor")
+        super().__init__(name="supervisor", daemon=True)
         self.supervisor, self.server = supervisor, server
         self.error: VidkvError | None = None
+        self.stopping = False
 
     @property
     def ailing(self) -> str | None:
@@ -113,6 +121,7 @@ class Crew(threading.Thread):
         try:
             while not self.server.should_exit:
                 self.supervisor.step()
+            self.stopping = True
             self.supervisor.stop()
         except VidkvError as error:
             self.error = error

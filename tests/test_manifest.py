@@ -48,7 +48,7 @@ class TestFaults:
             ({"prompt": "a", "sed": 1}, "sed=1 is not known; did you mean seed?"),
             ({"prompt": "a", "id": "a b"}, "id='a b': use 1 to 80 letters, digits, '.', '_' and '-'"),
             ({"prompt": "a", "out": "a.avi"}, "out='a.avi': it must end in .mp4"),
-            ({"prompt": "a", "schedule": [[-1, "b"]]}, "schedule.0.0=-1: input should be greater than or equal to 0"),
+            ({"prompt": "a", "seed": True}, "seed=True: give a number"),
             ({"prompt": "a", "image": ""}, "image='': give the path of a file, of at most 4096 bytes"),
             ([], '[]: give a mapping such as {"prompt": "a circle"}'),
             ("a red circle", "'a red circle': give a mapping such as {\"prompt\": \"a circle\"}"),
@@ -68,6 +68,15 @@ class TestFaults:
             "jobs.jsonl:3: seed=-1: input should be greater than or equal to 0",
             f"jobs.jsonl:3: x=1 is not known; fields are {', '.join(VideoRequest.model_fields)}",
             "jobs.jsonl:4: expecting value at column 6, near the end; write one JSON object per line",
+        ]
+
+    def test_yaml_faults_stand_where_the_field_does_and_those_of_defaults_once(self) -> None:
+        text = "defaults:\n  steps: 0\njobs:\n- prompt: a\n  id: x\n  seed: -1\n"
+        text += "- prompt: b\n  steps: 2\n  id: X\n- prompt: c\n"
+        assert refusal(text, "yaml") == [
+            "jobs.yaml:2: steps=0: input should be greater than or equal to 1",
+            "jobs.yaml:6: seed=-1: input should be greater than or equal to 0",
+            "jobs.yaml:9: id='X': line 4 has it (case does not count); give another",
         ]
 
     def test_twenty_are_shown(self) -> None:
@@ -235,7 +244,7 @@ class TestFiles:
 REQUESTS = st.builds(
     lambda **values: VideoRequest.of({name: value for name, value in values.items() if value is not None}),
     prompt=st.text(min_size=1, max_size=20).map(lambda text: f"a{text}".replace("\0", "")),
-    schedule=st.lists(st.tuples(st.floats(0, 1e6), st.sampled_from(["b: c; d", '"f",\n', "é🦊"])), max_size=3),
+    schedule=st.lists(st.tuples(st.floats(0, 1e6), st.sampled_from(["b: c; d", '"f",\n', "🦊"])), max_size=3),
     seed=st.integers(0, 2**64 - 1) | st.none(),
     seconds=st.floats(0, 1e9, exclude_min=True) | st.none(),
     model=st.sampled_from(["bounce", "./a b", "ü"]) | st.none(),

@@ -148,6 +148,9 @@ class TestCsv:
         text = mark.join(("prompt", "seed")) + "\n" + mark.join(("a", "1"))
         assert said(text, "csv") == [(2, {"prompt": "a", "seed": "1"})]
 
+    def test_a_space_may_stand_before_quotes(self) -> None:
+        assert said('seed, prompt\n1, "a, b"\n', "csv") == [(2, {"seed": "1", "prompt": "a, b"})]
+
     def test_a_bad_row_does_not_hide_the_next(self) -> None:
         wanted = [
             Item(2, fault="3 cells, and the header has 2; put cells that hold ',' in quotes"),

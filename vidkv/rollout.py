@@ -187,6 +187,14 @@ class Rollout:
         return sum(cache.nbytes for cache in self._caches())
 
     @property
+    def held_bytes(self) -> int:
+        """Bytes of all tensors that it keeps between chunks: caches, latents, decoder; each storage once."""
+        kept = [*self.window_latents.values(), *self.context_frames.values()]
+        kept += self.decoder.state().values() if self.decoder else []
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept if t.numel()}
+        return self.kv_bytes + sum(storages.values())
+
+    @property
     def in_transition(self) -> bool:
         """Whether a `lerp` from one prompt to another is under way, which `state` does not know."""
         return self._transition is not None

@@ -93,6 +93,13 @@ def opened(root: Path, limits: ApiLimits = QUICK, token: str | None = None) -> I
         yield api
 
 
+def halfway(eta_s: float = 7.5, drift: dict[str, float] | None = None) -> Progress:
+    return Progress(
+        chunk=1, chunks=2, frames=9, fps=8.5, eta_s=eta_s, kv_bytes=1000, held_bytes=1500, rss_bytes=2000,
+        drift=drift or {}, blank=False,
+    )  # fmt: skip
+
+
 def png(color: str = "red", size: tuple[int, int] = (80, 60)) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", size, color).save(buffer, "PNG")
@@ -313,7 +320,7 @@ class TestQueue:
             for seed, (id, eta) in enumerate(etas.items()):
                 api.post(**ONE_SECOND, id=id, seed=seed)
                 api.run(id)
-                api.store.report(id, Progress(1, 2, 9, 8.5, eta, 1000, 2000, {"luma": 1.5}, False))
+                api.store.report(id, halfway(eta))
             answer = api.ask(
                 "POST", "/v1/videos", body=json.dumps(ONE_SECOND | {"seed": 9}).encode(), headers=JSON
             )
@@ -325,7 +332,7 @@ class TestShow:
         api.post(**ONE_SECOND, id="a")
         api.run("a")
         drift = {"luma": 1.5, "contrast": float("nan")}
-        api.store.report("a", Progress(1, 2, 9, 8.5, 7.5, 1000, 2000, drift, False))
+        api.store.report("a", halfway(drift=drift))
         wanted = {
             "status": "in_progress", "progress": 50, "chunks_done": 1, "frames": 9, "fps": 8.5, "eta_s": 7.5,
             "kv_bytes": 1000, "drift": {"luma": 1.5}, "completed_at": None,
@@ -540,7 +547,7 @@ class TestEvents:
         api.post(**ONE_SECOND, id="a")
         steps: list[Callable[[], Any]] = [
             lambda: api.run("a"),
-            lambda: api.store.report("a", Progress(1, 2, 9, 8.5, 7.5, 1000, 2000, {}, False)),
+            lambda: api.store.report("a", halfway()),
             lambda: api.store.finish(api.store.get("a"), {"state": "done", "frames": 16, "chunks": 2}),
         ]
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from tests.apps.commandline import run
+from vidkv import planning
 from vidkv.apps import generate as generating
 from vidkv.pipeline import find_model
 from vidkv.segments import SegmentWriter, VideoInfo, claim_folder, probe, read_metadata
@@ -83,7 +84,7 @@ def pictures(path: Path) -> np.ndarray:
     ("arguments", "message"),
     [
         (("",), "the prompt is empty"),
-        (("a" * 2**20,), "1,048,576 characters"),
+        (("a" * 2**20,), "at most 10000 characters"),
         (("a red dragon bouncing",), "unknown word 'dragon'"),
         ((PROMPT, "--seconds", "-1"), "seconds=-1.0"),
         ((PROMPT, "--seconds", "0"), "seconds=0.0"),
@@ -110,7 +111,7 @@ def pictures(path: Path) -> np.ndarray:
         ),
         ((PROMPT, "--window", "2000000000"), "of memory on cpu (decode: transformer"),
         ((PROMPT, "--device", "tpu"), "device='tpu'"),
-        ((PROMPT, "--steps", "0"), "num_inference_steps=0"),
+        ((PROMPT, "--steps", "0"), "steps=0: input should be greater"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -148,7 +149,7 @@ def test_memory_that_runs_out_is_named(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the system does not say what is free, the allocator has the last word."""
-    monkeypatch.setattr(generating, "usable_bytes", lambda device: None)
+    monkeypatch.setattr(planning, "usable_bytes", lambda device: None)
     out = tmp_path / "a.mp4"
     code, stdout, stderr = run(
         capsys, "generate", PROMPT, "--out", str(out), "--window", "2000000000", "--device", "cpu"

@@ -195,7 +195,9 @@ class TestStart:
         Image.fromarray(np.zeros((HEIGHT, WIDTH, 3), np.uint8)).save(tmp_path / "a.png")
         image, text = str(tmp_path / "a.png"), tmp_path / "text.png"
         text.write_text("no picture")
-        assert "either --image or --video, not both" in tiny.refused("--image", image, "--video", str(source))
+        assert "either an image or a video to start from, not both" in tiny.refused(
+            "--image", image, "--video", str(source)
+        )
         assert "there is no file missing.png" in tiny.refused("--image", "missing.png")
         assert "there is no file missing.mp4" in tiny.refused("--video", "missing.mp4")
         assert "text.png cannot be read as an image" in tiny.refused("--image", str(text))
@@ -293,8 +295,8 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (("--switch", "jump"), "switch='jump'; choose keep, recache, flush, lerp"),
-            (("--noise", "white"), "noise='white'; choose counter, stock"),
+            (("--switch", "jump"), "switch='jump': input should be 'keep'"),
+            (("--noise", "white"), "noise='white': input should be 'counter'"),
             (("--offload", "disk"), "offload='disk'; choose none, text, model, group"),
             (("--offload", "model"), "offload=model moves networks off a GPU, and this runs on the CPU"),
             (("--offload", "group"), "offload=group moves networks off a GPU"),
@@ -305,7 +307,7 @@ class TestMistakes:
             (("--tile", "-4x4"), "--tile '-4x4' is not ROWSxCOLUMNS"),
             (("--tile", "1x8"), "a tile of 1 x 8 latents; it needs at least 2 x 2"),
             (("--guidance", "0.5"), "guidance scale 0.5 must be finite and at least 1"),
-            (("--guidance", "nan"), "guidance scale nan must be finite"),
+            (("--guidance", "nan"), "guidance=nan: input should be a finite number"),
             (("--guidance", "2", "--negative", "a zebra"), "unknown word 'zebra'"),
             (("--lora", "missing.safetensors:0.5"), "there is no file missing.safetensors"),
             (("--lora", "missing.safetensors:strong"), "there is no file missing.safetensors:strong"),

@@ -435,7 +435,7 @@ class TestCluster:
         command = [sys.executable, "-c", script, str(store.root), cluster.address]
         driver = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)})
         try:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 120
             while not under_way(store, 2):
                 assert time.monotonic() < deadline and driver.poll() is None
                 time.sleep(0.05)

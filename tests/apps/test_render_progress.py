@@ -87,6 +87,14 @@ def test_time_left_is_chunks_left_at_the_rate_of_all_workers_without_the_first_c
     assert whole.eta_s == pytest.approx(110 / 0.5)
 
 
+def test_the_first_chunk_of_every_worker_is_left_out() -> None:
+    looks = [(0.0, [job("a"), job("b")])]
+    for i in range(3):
+        looks.append((100.0 + 4 * i, [job("a", done=1 + i), job("b", done=i)]))
+        looks.append((100.2 + 4 * i, [job("a", done=1 + i), job("b", done=1 + i)]))
+    assert feed(Rates(), looks).chunks == pytest.approx(4 / 8.2, rel=0.01)
+
+
 def test_the_rate_is_unknown_until_a_second_chunk() -> None:
     rates = feed(Rates(), [(0.0, [job("a")]), (9.0, [job("a", done=1)])])
     assert rates.chunks is None

@@ -8,7 +8,7 @@ import io
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -111,12 +111,12 @@ def film(path: Path, chunks: int, height: int = 48, width: int = 64, steps: int 
     return path
 
 
-def submitted(store: JobStore, id: str, **fields: Any) -> Job:
-    return store.submit(VideoRequest(id=id, **({"prompt": PROMPT, "seconds": 2.0} | fields)))
+def submitted(store: JobStore, id: str, **wanted: Any) -> Job:
+    return store.submit(VideoRequest(id=id, **({"prompt": PROMPT, "seconds": 2.0} | wanted)))
 
 
-def claimed(store: JobStore, id: str, **fields: Any) -> tuple[Job, Claim]:
-    submitted(store, id, **fields)
+def claimed(store: JobStore, id: str, **wanted: Any) -> tuple[Job, Claim]:
+    submitted(store, id, **wanted)
     taken = store.claim_next("w", lambda job: job.id == id)
     assert taken is not None and taken[0].id == id
     return taken
@@ -131,6 +131,11 @@ def finished(store: JobStore, id: str, video: bool = True, fields: Any = None, *
     store.finish(job, known | {"size_bytes": size, "latents_sha256": "ab" * 32} | result)
     claim.release()
     return store.get(id)
+
+
+def reached(**values: Any) -> Progress:
+    nothing = dict.fromkeys((field.name for field in fields(Progress)), 0) | {"drift": {}, "blank": False}
+    return Progress(**(nothing | values))
 
 
 def failed(store: JobStore, id: str, error: str) -> Job:
@@ -157,7 +162,7 @@ def level(data: str | bytes) -> float:
 def test_the_report_tells_what_this_run_made_from_what_was_there(store: JobStore) -> None:
     finished(store, "old")
     half, claim = claimed(store, "half")
-    store.report("half", Progress(1, 3, 9, 1.0, 1.0, 1, 1, {}, False))
+    store.report("half", reached(chunk=1, chunks=3, frames=9))
     store.put_back(half)
     claim.release()
     before = store.jobs()
@@ -283,6 +288,7 @@ def test_the_page_shows_the_frames_and_links_to_the_files(store: JobStore) -> No
     links = [str(video["src"]), *(str(a["href"]) for a in page.all("a"))]
     assert all((store.root / unquote(link)).is_file() for link in links)
     assert (store.root / unquote(links[0])) == store.file(job)
+    assert links[0] == "./my%20videos/50%25%20%231%20%C3%BC.mp4"
     assert level(str(video["poster"])) == pytest.approx(grey(3), abs=2)
 
 
@@ -447,12 +453,12 @@ def test_time_and_size_are_those_of_earlier_jobs_alike(store: JobStore) -> None:
     assert (rows[0]["chunks"], rows[0]["estimate_s"], rows[0]["estimate_from"]) == (11, 11.0, 3)
     assert rows[0]["output_bytes"] == 128 * 100
     assert rows[1]["estimate_s"] is None
-    assert "time: about 0:00:11 on cpu, by earlier jobs, and 1 videos unknown until their first chunk" in text
+    assert "time: about 0:00:11 on cpu, by earlier jobs, and 1 video unknown until the first chunk" in text
 
 
 def test_an_interrupted_job_tells_its_speed_too(store: JobStore) -> None:
     job, claim = claimed(store, "a", seconds=8.0)
-    store.report("a", Progress(4, 11, 45, 24.0, 3.5, 1, 1, {}, False))
+    store.report("a", reached(chunk=4, chunks=11, frames=45, fps=24.0))
     store.put_back(job)
     claim.release()
     _, rows = rendered(store, VideoRequest(id="a", prompt=PROMPT, seconds=8.0))
@@ -509,7 +515,7 @@ def test_nothing_left_to_make_is_said(store: JobStore) -> None:
     finished(store, "a")
     text, _ = rendered(store, VideoRequest(id="a", prompt=PROMPT, seconds=2.0))
     assert (
-        "1 videos: 1 done" in text
+        "1 video: 1 done" in text
         and "nothing is left to make" in text
         and "time" not in text.split("───")[-1]
     )

@@ -222,7 +222,9 @@ class TestAppendOnly:
         assert list(pages_in(tmp_path)) == ["pages-000004-1.safetensors"]
         assert load(tmp_path, plain(model))[0] == 4
 
-    def test_two_are_kept_and_what_they_need(self, tmp_path: Path, model: CausalWanTransformer3DModel) -> None:
+    def test_two_are_kept_and_what_they_need(
+        self, tmp_path: Path, model: CausalWanTransformer3DModel
+    ) -> None:
         rollout, checkpoints = plain(model), Checkpoints(tmp_path, 1)
         for chunk in range(1, 13):
             checkpoints.save(advance(rollout, 1))
@@ -312,10 +314,20 @@ class TestDamage:
         assert seen <= {6, 7} and 6 in seen
 
     @pytest.mark.parametrize(
-        "text", ["", "[]", "5", "{}", "null", '{"state": 1, "pages": [], "sha256": {}}',
-                 '{"state": "a", "pages": {}, "sha256": []}', '{"state": "a", "pages": {}, "sha256": {"a": 1}}',
-                 '{"state": [], "pages": {}, "sha256": {}}', "\x00"],
-    )  # fmt: skip
+        "text",
+        [
+            "",
+            "[]",
+            "5",
+            "{}",
+            "null",
+            '{"state": 1, "pages": [], "sha256": {}}',
+            '{"state": "a", "pages": {}, "sha256": []}',
+            '{"state": "a", "pages": {}, "sha256": {"a": 1}}',
+            '{"state": [], "pages": {}, "sha256": {}}',
+            "\x00",
+        ],
+    )
     def test_a_commit_of_nonsense_falls_back(
         self, tmp_path: Path, model: CausalWanTransformer3DModel, three: Any, text: str
     ) -> None:
@@ -374,12 +386,22 @@ class TestDamage:
         checkpoints.save(advance(again, 1))
         assert load(tmp_path / "d", plain(model))[0] == 8
 
+    def test_one_under_another_name_is_not_believed(
+        self, tmp_path: Path, model: CausalWanTransformer3DModel, three: Any
+    ) -> None:
+        shutil.copytree(three[0], tmp_path / "d")
+        shutil.copyfile(three[0] / "checkpoint-000006-1.json", tmp_path / "d" / "checkpoint-000009-1.json")
+        again = plain(model)
+        assert load(tmp_path / "d", again)[0] == again.chunk == 7
+
     def test_later_ones_than_wanted_are_left_out(
         self, model: CausalWanTransformer3DModel, three: Any
     ) -> None:
         assert [load(three[0], plain(model), most)[0] for most in (8, 7, 6, 5)] == [7, 7, 6, 0]
 
-    def test_a_higher_fence_wins_at_one_chunk(self, tmp_path: Path, model: CausalWanTransformer3DModel) -> None:
+    def test_a_higher_fence_wins_at_one_chunk(
+        self, tmp_path: Path, model: CausalWanTransformer3DModel
+    ) -> None:
         for fence, seed in ((9, 1), (10, 2)):
             Checkpoints(tmp_path, fence).save(advance(plain(model, seeds=[seed]), 2))
         again = plain(model)
@@ -483,9 +505,13 @@ class TestCrash:
     @pytest.mark.parametrize("failing", range(1, 5))
     @pytest.mark.parametrize("call", ["fsync", "replace"])
     def test_a_full_disk_keeps_the_one_before_and_the_next_is_whole(
-        self, tmp_path: Path, model: CausalWanTransformer3DModel, monkeypatch: pytest.MonkeyPatch,
-        failing: int, call: str,
-    ) -> None:  # fmt: skip
+        self,
+        tmp_path: Path,
+        model: CausalWanTransformer3DModel,
+        monkeypatch: pytest.MonkeyPatch,
+        failing: int,
+        call: str,
+    ) -> None:
         rollout, checkpoints = advance(plain(model), 3), Checkpoints(tmp_path, 1)
         checkpoints.save(rollout)
         advance(rollout, 1)
@@ -522,7 +548,9 @@ class TestInterval:
         yield now
 
     @staticmethod
-    def writes(monkeypatch: pytest.MonkeyPatch, clock: list[float], bytes_: int, seconds: float) -> list[float]:
+    def writes(
+        monkeypatch: pytest.MonkeyPatch, clock: list[float], bytes_: int, seconds: float
+    ) -> list[float]:
         """When checkpoints are written, of so many bytes and seconds each."""
         written: list[float] = []
 
@@ -539,9 +567,15 @@ class TestInterval:
         [(10, 0.0, 30.0), (10**10, 0.0, 100.0), (10, 4.0, 80.0), (10**10, 8.0, 160.0), (10, 1.0, 30.0)],
     )
     def test_by_time_bytes_and_share(
-        self, tmp_path: Path, model: CausalWanTransformer3DModel, monkeypatch: pytest.MonkeyPatch,
-        clock: list[float], bytes_: int, seconds: float, wait: float,
-    ) -> None:  # fmt: skip
+        self,
+        tmp_path: Path,
+        model: CausalWanTransformer3DModel,
+        monkeypatch: pytest.MonkeyPatch,
+        clock: list[float],
+        bytes_: int,
+        seconds: float,
+        wait: float,
+    ) -> None:
         written = self.writes(monkeypatch, clock, bytes_, seconds)
         checkpoints, rollout = Checkpoints(tmp_path, 1, Interval(30.0, 100e6, 0.05)), plain(model)
         clock[0] += 29.5
@@ -555,9 +589,12 @@ class TestInterval:
         assert written == [130.0, 130.0 + seconds + wait]
 
     def test_one_that_failed_is_tried_again_at_once(
-        self, tmp_path: Path, model: CausalWanTransformer3DModel, monkeypatch: pytest.MonkeyPatch,
+        self,
+        tmp_path: Path,
+        model: CausalWanTransformer3DModel,
+        monkeypatch: pytest.MonkeyPatch,
         clock: list[float],
-    ) -> None:  # fmt: skip
+    ) -> None:
         def fails(self: Checkpoints, rollout: Rollout) -> int:
             raise OutputError("full")
 

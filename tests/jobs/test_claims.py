@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -163,9 +164,13 @@ class TestExclusive:
         holder[0].beat()
         assert Claims().take(tmp_path) is None and names(tmp_path) == ["000003"]
 
-    def test_threads_that_look_at_other_folders_do_not_disturb(self, tmp_path: Path) -> None:
+    def test_threads_that_look_at_other_folders_do_not_disturb(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """What is remembered of other hosts changes while it is tidied up."""
         shared, failed = Claims(), list[BaseException]()
+        before = sys.getswitchinterval()
+        monkeypatch.setattr(shared, "_seen", {(tmp_path / "far", i): ("", 0.0) for i in range(5000)})
         for i in range(40):
             path = tmp_path / f"job{i}" / "claims" / "000001"
             path.mkdir(parents=True)
@@ -179,12 +184,18 @@ class TestExclusive:
                 failed.append(error)
 
         threads = [threading.Thread(target=look, args=(i,)) for i in range(3)]
-        for thread in threads:
-            thread.start()
-        while any(thread.is_alive() for thread in threads):
-            claim = shared.take(tmp_path / "mine")
-            assert claim is not None
-            claim.release()
+        sys.setswitchinterval(1e-5)
+        try:
+            for thread in threads:
+                thread.start()
+            while any(thread.is_alive() for thread in threads):
+                claim = shared.take(tmp_path / "mine")
+                assert claim is not None
+                claim.release()
+        finally:
+            sys.setswitchinterval(before)
+            for thread in threads:
+                thread.join()
         assert not failed
 
 
@@ -266,7 +277,8 @@ class TestOnThisHost:
         assert Claims().held(tmp_path) and Claims().take(tmp_path) is None
 
     @pytest.mark.parametrize(
-        "damage", [{"pid": 2**70}, {"pid": -1}, {"pid": None}, {"pid": "x"}, {"started": None}, {"started": []}]
+        "damage",
+        [{"pid": 2**70}, {"pid": -1}, {"pid": None}, {"pid": "x"}, {"started": None}, {"started": []}],
     )
     def test_an_owner_that_cannot_be_is_dead(self, tmp_path: Path, damage: dict[str, Any]) -> None:
         claim = taken(tmp_path)
@@ -329,7 +341,9 @@ class TestElsewhere:
         clock.now += 5
         assert mine.take(tmp_path) is None
 
-    @pytest.mark.parametrize("owner", [None, "", "{", "[]", "5", "null", '"text"', "{}", "\xff\xfe", '{"host": 1}'])
+    @pytest.mark.parametrize(
+        "owner", [None, "", "{", "[]", "5", "null", '"text"', "{}", "\xff\xfe", '{"host": 1}']
+    )
     def test_an_owner_that_cannot_be_read_is_another_host(
         self, tmp_path: Path, clock: Clock, owner: str | None
     ) -> None:
@@ -353,9 +367,7 @@ class TestHolder:
         claim.beat()
         assert (claim.path / "beat").read_text() != first
 
-    def test_that_was_replaced_is_fenced_and_touches_nothing(
-        self, tmp_path: Path, clock: Clock
-    ) -> None:
+    def test_that_was_replaced_is_fenced_and_touches_nothing(self, tmp_path: Path, clock: Clock) -> None:
         claim, mine = taken(tmp_path), Claims()
         (claim.path / "owner.json").unlink()
         mine.take(tmp_path)
@@ -423,7 +435,12 @@ class TestDisk:
             raise PermissionError(errno.EACCES, "Permission denied")
 
         monkeypatch.setattr(os, "listdir", refused)
-        for act in (lambda: Claims().take(tmp_path), lambda: Claims().held(tmp_path), claim.check, claim.beat):
+        for act in (
+            lambda: Claims().take(tmp_path),
+            lambda: Claims().held(tmp_path),
+            claim.check,
+            claim.beat,
+        ):
             with pytest.raises(OutputError, match="Permission denied"):
                 act()
 

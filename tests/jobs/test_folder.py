@@ -61,7 +61,9 @@ class TestJob:
         "change", [{"request": {}}, {"request": {"prompt": "a", "later": 1}}, {"settings": {"later": 1}},
                    {"settings": {"tile": "x"}}],
     )  # fmt: skip
-    def test_of_another_version_is_an_error_of_one_line(self, folder: JobFolder, change: dict[str, Any]) -> None:
+    def test_of_another_version_is_an_error_of_one_line(
+        self, folder: JobFolder, change: dict[str, Any]
+    ) -> None:
         (folder.path / "job.json").unlink()
         folder.create(JOB | change)
         with pytest.raises(InputError) as caught:

@@ -20,7 +20,7 @@ from vidkv.jobs.records import Head, Records, digest
 from vidkv.noise import StockNoise
 from vidkv.rollout import Rollout
 
-HEAD = Head(12, "ab" * 32, {"luma": 0.1 + 0.2, "saturation": 0.25, "contrast": 1e-9})
+HEAD = Head(12, "ab" * 32, "cd" * 32, {"luma": 0.1 + 0.2, "saturation": 0.25, "contrast": 1e-9})
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,9 @@ class TestRoundTrip:
         with pytest.raises(StateError, match="no record of chunk 0"):
             records.head(0)
 
-    def test_chunks_counts_to_the_last_one_whatever_was_pruned(self, tmp_path: Path, rollout: Rollout) -> None:
+    def test_chunks_counts_to_the_last_one_whatever_was_pruned(
+        self, tmp_path: Path, rollout: Rollout
+    ) -> None:
         records = filled(tmp_path, rollout, 5)
         records.keep([1], since=4)
         assert records.chunks == 5 and Records(tmp_path).chunks == 5
@@ -230,7 +232,7 @@ class TestDamage:
         path.write_bytes(after)
         records = Records(tmp_path)
         for read in (records.read, records.head):
-            with pytest.raises(StateError, match="000000-1.safetensors is damaged"):
+            with pytest.raises(StateError, match=r"000000-1\.safetensors is damaged"):
                 read(0)
         assert records.chunks == 1
 

@@ -46,7 +46,10 @@ def submit(store: JobStore, id: str = "a", **options: Any) -> Job:
 
 
 def progress(chunk: int) -> Progress:
-    return Progress(chunk, 3, 12 * chunk - 3, 1.0, 1.0, 1, 1, {}, False)
+    return Progress(
+        chunk=chunk, chunks=3, frames=12 * chunk - 3, fps=1.0, eta_s=1.0, kv_bytes=1, held_bytes=1,
+        rss_bytes=1, drift={}, blank=False,
+    )  # fmt: skip
 
 
 def run(store: JobStore, worker: str = "w") -> tuple[Job, Claim]:
@@ -639,8 +642,15 @@ def broken(path: Path, how: str) -> None:
         path.write_text("this is no database" * 400)
     else:
         data = path.read_bytes()
-        path.write_bytes({"empty": b"", "half": data[: len(data) // 2], "short": data[:-1], "header": data[:100],
-                          "page": data[:4096] + os.urandom(4096) + data[8192:]}[how])  # fmt: skip
+        path.write_bytes(
+            {
+                "empty": b"",
+                "half": data[: len(data) // 2],
+                "short": data[:-1],
+                "header": data[:100],
+                "page": data[:4096] + os.urandom(4096) + data[8192:],
+            }[how]
+        )
 
 
 class TestIndex:
@@ -671,8 +681,7 @@ class TestIndex:
             assert after["a"].error == "why" and after["z"].frames == 33
             assert submit(store, "new").number == 6 and run(store)[0].id == "q"
 
-    @pytest.mark.parametrize(
-        "text", ["{}", "[]", "", '{"id": "b"}', '{"id": 5, "key": "", "number": "x"}'])
+    @pytest.mark.parametrize("text", ["{}", "[]", "", '{"id": "b"}', '{"id": 5, "key": "", "number": "x"}'])
     def test_damaged_folders_are_passed_by(self, tmp_path: Path, text: str) -> None:
         with JobStore(tmp_path) as store:
             submit(store, "a")
@@ -687,9 +696,16 @@ class TestIndex:
             assert submit(store, "b").state is State.QUEUED
 
     @pytest.mark.parametrize(
-        "change", [{"number": 2**70}, {"id": "../a"}, {"out": "../../a.mp4"}, {"out": "/a.mp4"}, {"id": "other"},
-                   {"prompt": "\ud800", "out": "\ud800.mp4"}],
-    )  # fmt: skip
+        "change",
+        [
+            {"number": 2**70},
+            {"id": "../a"},
+            {"out": "../../a.mp4"},
+            {"out": "/a.mp4"},
+            {"id": "other"},
+            {"prompt": "\ud800", "out": "\ud800.mp4"},
+        ],
+    )
     def test_a_folder_that_lies_does_no_harm(self, tmp_path: Path, change: dict[str, Any]) -> None:
         with JobStore(tmp_path) as store:
             submit(store, "a")

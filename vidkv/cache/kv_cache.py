@@ -405,7 +405,7 @@ class KVCache:
         serials, given = whole_numbers(header, "serials"), range(entry(header, "next_serial", int))
         if len(serials) != len(resident) or len(set(serials) & set(given)) != len(resident):
             raise StateError(
-                f"the saved serials are {serials!s:.60}, not {len(resident)} different ones below {given.stop}"
+                f"the saved serials are {serials!s:.60}, not {len(resident)} different below {given.stop}"
             )
         if self.key_mean is not None:
             check_tensor(tensors, "key_mean", tuple(self.key_mean.shape), self.key_mean.dtype)

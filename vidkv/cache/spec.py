@@ -100,10 +100,12 @@ class CacheSpec(BaseModel):
         from vidkv.cache.policies import POLICIES
 
         if self.format not in FORMATS:
-            raise CacheSpecError(f"cache format {self.format!r} is unknown; formats are {', '.join(FORMATS)}")
+            raise CacheSpecError(
+                f"cache format {self.format!r:.60} is unknown; formats are {', '.join(FORMATS)}"
+            )
         if self.policy not in POLICIES:
             raise CacheSpecError(
-                f"cache policy {self.policy!r} is unknown; policies are {', '.join(POLICIES)}"
+                f"cache policy {self.policy!r:.60} is unknown; policies are {', '.join(POLICIES)}"
             )
         if self.policy == "sliding_window" and self.sink:
             raise CacheSpecError(f"sink={self.sink}: the policy sliding_window keeps no sinks; say sink=0")

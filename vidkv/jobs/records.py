@@ -158,9 +158,12 @@ class Records:
 
 
 def _checksum(header: Mapping[str, Any], data: bytes) -> str:
-    """SHA-256 over a header and the tensors of a safetensors file, whatever its own header says."""
+    """SHA-256 over a header and the tensors of a safetensors file with their names, shapes and dtypes."""
     length = int.from_bytes(data[:8], "little")
-    return hashlib.sha256(json.dumps(header, sort_keys=True).encode() + data[8 + length :]).hexdigest()
+    tensors = dict(json.loads(data[8 : 8 + length]))
+    tensors.pop("__metadata__", None)
+    described = json.dumps([header, tensors], sort_keys=True)
+    return hashlib.sha256(described.encode() + data[8 + length :]).hexdigest()
 
 
 def digest(before: str, latents: Tensor) -> str:

@@ -39,7 +39,7 @@ class Progress:
         frames: done.
         fps: frames per second of this run, from its first new chunk on.
         eta_s: seconds left at that rate.
-        kv_bytes, rss_bytes: of the cache, and of the process.
+        kv_bytes, held_bytes, rss_bytes: of the cache, of all that the rollout keeps, and of the process.
         drift: luma, saturation and contrast against the first chunk, in percent.
         blank: the picture has become one colour.
     """
@@ -50,6 +50,7 @@ class Progress:
     fps: float
     eta_s: float
     kv_bytes: int
+    held_bytes: int
     rss_bytes: int
     drift: dict[str, float]
     blank: bool
@@ -168,7 +169,7 @@ class _Work:
 
     def finished(self) -> bool:
         """Whether all chunks are there."""
-        return self.committed >= self.plan.chunks
+        return self._whole_segments() >= self.plan.chunks
 
     def roll(self, pipe: CausalVideoPipeline, report: Callable[[Progress], None]) -> None:
         """Make the chunks that are missing."""
@@ -184,7 +185,7 @@ class _Work:
                             # the first one pays for what is loaded lazily
                             started = time.perf_counter()
                         made += 1
-                        report(self._progress(chunk, seen, made, started, process))
+                        report(self._progress(chunk, stream, seen, made, started, process))
                     if self.options.resume == "exact":
                         self.checkpoints.consider(stream.rollout)
                     self._prune(stream)
@@ -326,7 +327,13 @@ class _Work:
         self.records.keep(stream.rollout.chunks_kept(chunk), since)
 
     def _progress(
-        self, chunk: Chunk, seen: dict[str, float], made: int, started: float, process: psutil.Process
+        self,
+        chunk: Chunk,
+        stream: VideoStream,
+        seen: dict[str, float],
+        made: int,
+        started: float,
+        process: psutil.Process,
     ) -> Progress:
         elapsed = time.perf_counter() - started
         assert chunk.frames is not None
@@ -335,8 +342,8 @@ class _Work:
         left = self.plan.chunks - chunk.index - 1
         return Progress(
             chunk.index + 1, self.plan.chunks, self.writer.frames, round(fps, 2), round(left * per_chunk, 1),
-            chunk.stats.kv_bytes, process.memory_info().rss, drift(self.first_look, seen),
-            blank(seen) and not blank(self.first_look),
+            chunk.stats.kv_bytes, stream.rollout.held_bytes, process.memory_info().rss,
+            drift(self.first_look, seen), blank(seen) and not blank(self.first_look),
         )  # fmt: skip
 
     def _check(self, chunk: int, step: int) -> None:

@@ -26,6 +26,8 @@ from vidkv.segments import partial_video, read_metadata
 
 HOME = ".vidkv"
 BACKOFF_S, MAX_BACKOFF_S = 2.0, 60.0
+LET_GO_S = 2.0
+"""How long a worker may take to let go of a job that it has ended."""
 BUSY_S = 30.0
 """How long to wait for another process that is writing the index."""
 MAX_CRASHES = 5
@@ -292,6 +294,11 @@ class JobStore:
         # what has been deleted by hand cannot be claimed
         there = folder.path.exists()
         claim = self.claims.take(folder.path) if there else None
+        deadline = time.monotonic() + LET_GO_S
+        while there and claim is None and job.ended and time.monotonic() < deadline:
+            # a worker says how a job ended a moment before it lets go of it
+            time.sleep(0.02)
+            claim = self.claims.take(folder.path)
         if (there and claim is None) or job.state is State.RUNNING:
             if claim:
                 claim.release()
@@ -403,9 +410,10 @@ class JobStore:
                 # an index that is made anew without it takes the job up again; what is done must not be lost
                 if result["state"] == State.DONE:
                     raise
-        self._end(job.id, result)
         if result["state"] == State.DONE:
+            # before the row says so: nobody looks at the folder of an ended job again
             folder.clear()
+        self._end(job.id, result)
 
     def put_back(self, job: Job, error: str | None = None, retries: int | None = None) -> None:
         """A running job is to go on later.
@@ -453,9 +461,9 @@ class JobStore:
         folder = self.folder(job)
         result = folder.result()
         if result is not None:
-            self._end(job.id, result, version=job.version)
             if result["state"] == State.DONE:
                 folder.clear()
+            self._end(job.id, result, version=job.version)
             return
         with self._lock, self._transaction():
             query = "SELECT crashed_at, crashes, version FROM jobs WHERE id = ?"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from vidkv.errors import Cancelled, VidkvError
 from vidkv.jobs.claims import BEAT_S, Claim, Fenced
@@ -141,9 +142,13 @@ def process_main(orders: Orders) -> None:
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     if orders.gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(orders.gpu)
+        # numbers count those that a launcher left visible
+        visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[orders.gpu] if visible else str(orders.gpu)
     if orders.threads:
         torch.set_num_threads(orders.threads)
+    # its own is a semaphore shared by processes, which a worker that is killed would leave behind
+    tqdm.set_lock(threading.RLock())
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_outlive, args=(parent, stop), daemon=True).start()
