@@ -194,8 +194,9 @@ def _opened(source: BinaryIO, container: str, task: Task) -> InputContainer:
         options={"max_pixels": str(task.max_pixels)},
         container_options={"protocol_whitelist": "none", "codec_whitelist": ",".join(CODECS)},
         buffer_size=2**20,
-        metadata_errors="replace",
         io_open=_open_nothing,
+        # later versions replace what is no UTF-8 without being asked
+        **({"metadata_errors": "replace"} if av.__version__.startswith("18.") else {}),
     )
 
 

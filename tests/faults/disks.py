@@ -46,6 +46,7 @@ from vidkv.segments import probe, segment_paths
 
 LARGE = 512 * 2**20
 HANG_S = 60.0
+NO_ROOM = ("No space left", "disk is full", "File too large", "make room", "choose another")
 
 
 def disk_full(count: int, seed: int, folder: Path) -> Counts:
@@ -80,6 +81,8 @@ def _apart(name: str, count: int, seed: int, folder: Path) -> Counts:
     counts = Counts(**json.loads(result.read_text())) if result.exists() else Counts()
     if done.returncode or not result.exists():
         counts.fail(f"seed {seed}: exit code {done.returncode}: {done.stderr[-300:]}")
+    if counts.figures.get("told_above") and not any(words in done.stderr for words in NO_ROOM):
+        counts.fail(f"workers ended and did not say why: {done.stderr[-300:]}")
     if "Traceback" in done.stderr:
         counts.fail(f"a traceback was shown: {done.stderr[done.stderr.index('Traceback') :][-250:]}")
     return counts
@@ -218,8 +221,10 @@ def _check_named(error: str | None, root: Path, counts: Counts, told: str) -> No
     if error is None:
         return
     counts.measure("told", 1)
-    known = ("No space left", "disk is full", "File too large", "make room", "choose another")
-    if "\n" in error or not any(words in error for words in known):
+    if "see the messages above" in error:
+        # workers that cannot even open the index say so themselves
+        counts.measure("told_above", 1)
+    elif "\n" in error or not any(words in error for words in NO_ROOM):
         counts.fail(f"{told}: the error was {error}")
 
 

@@ -52,6 +52,10 @@ class JobFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    def making(self, fence: int) -> Path:
+        """Where the holder of a claim joins the video, before it appears under its name."""
+        return self.path / f"making-{fence:06d}.mp4"
+
     @property
     def cancelled(self) -> bool:
         """Whether somebody wants it to stop."""
@@ -132,6 +136,10 @@ class JobFolder:
         """Drop what only an unfinished video needs."""
         for folder in (self.segments, self.records, self.checkpoints):
             shutil.rmtree(folder, ignore_errors=True)
+        # of workers that were killed while they wrote
+        for path in [*self.path.glob("making-*.mp4"), *self.path.glob(".*.tmp")]:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Drop the job; of a link to a folder, the link."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ import torch
 
 from vidkv.drift import blank, drift, look
 from vidkv.errors import Cancelled, NumericsError, OutputError, ResourceError, StateError, VidkvError
-from vidkv.files import file_sha256, reason
+from vidkv.files import file_sha256, publish, reason
 from vidkv.jobs.checkpoints import Checkpoints, Interval
 from vidkv.jobs.claims import Claim
 from vidkv.jobs.folder import JobFolder
@@ -215,7 +216,7 @@ class _Work:
                 self.out.parent.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise OutputError(f"cannot create {self.out.parent}: {reason(error)}") from error
-            write_video(self.writer.paths(), self.out, self.plan.entry.fps, metadata)
+            self._join(self.out, metadata)
         partial_video(self.out).unlink(missing_ok=True)
         return {
             "state": "done",
@@ -237,7 +238,25 @@ class _Work:
         # the segments stay, so a file that cannot be written costs nothing
         with contextlib.suppress(VidkvError, OSError):
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            write_video(paths, partial_video(self.out), self.plan.entry.fps, metadata)
+            self._join(partial_video(self.out), metadata)
+
+    def _join(self, out: Path, metadata: Mapping[str, Any]) -> None:
+        """The segments as one file; a worker that is killed meanwhile leaves nothing beside it."""
+        paths, fps = self.writer.paths(), self.plan.entry.fps
+        making = self.folder.making(self.claim.fence)
+        try:
+            write_video(paths, making, fps, metadata)
+            publish(making, out)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise OutputError(
+                    f"cannot write {out}: {reason(error)}; make room, then run again"
+                ) from error
+            # it goes to a folder of another file system
+            write_video(paths, out, fps, metadata)
+        finally:
+            with contextlib.suppress(OSError):
+                making.unlink(missing_ok=True)
 
     def _resume(self, pipe: CausalVideoPipeline) -> VideoStream:
         """A stream that stands where the video can be taken up, or that runs over what is there."""

@@ -449,11 +449,17 @@ class JobStore:
         for job in self.jobs([State.RUNNING]):
             if workers is not None and job.worker not in workers:
                 continue
-            # a claim that cannot be seen, or a row that its worker has moved meanwhile: see the next time
-            with contextlib.suppress(OutputError, StateError):
-                if not self.claims.held(self.folder(job).path):
-                    self._recover(job)
-                    moved.append(self.get(job.id))
+            try:
+                if self.claims.held(self.folder(job).path):
+                    continue
+            except OutputError:
+                # it cannot be seen now: the next time
+                continue
+            # a row that its worker has moved meanwhile; but an index that cannot be written must be told of, or
+            # a full disk would be waited for without end
+            with contextlib.suppress(StateError):
+                self._recover(job)
+                moved.append(self.get(job.id))
         return moved
 
     def _recover(self, job: Job) -> None:
