@@ -57,8 +57,8 @@ def jobs_for(count: int, draw: random.Random, folder: Path, prefix: str = "job")
 class Killer:
     """Kills workers of a supervisor at random times.
 
-    A quarter while they start or load, a quarter while they publish, the others 0.2 to 3 s after a claim. A job
-    that made no progress since two kills is left alone until it has made some: five end it.
+    A quarter while they start or load, a quarter while they publish, the others 0.2 to 3 s after a claim.
+    A job without progress since two kills is left alone until it has made some: five end it.
     """
 
     def __init__(self, count: int, draw: random.Random, store: JobStore) -> None:

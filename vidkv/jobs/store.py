@@ -455,8 +455,8 @@ class JobStore:
             except OutputError:
                 # it cannot be seen now: the next time
                 continue
-            # a row that its worker has moved meanwhile; but an index that cannot be written must be told of, or
-            # a full disk would be waited for without end
+            # its worker may have moved the row meanwhile; an index that cannot be written must be told of,
+            # or a full disk would be waited for without end
             with contextlib.suppress(StateError):
                 self._recover(job)
                 moved.append(self.get(job.id))
