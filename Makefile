@@ -7,7 +7,7 @@ PROMPT ?= a red circle and a blue square bouncing
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help video test soak kernels venv lint types format wheel check clean
+.PHONY: help video test faults soak shapes hour kernels venv lint types format wheel check clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1@/p' $(MAKEFILE_LIST) | tr '@' '\t'
@@ -19,8 +19,20 @@ video: $(READY)  ## generate a minute of video, first.mp4
 test: $(READY)  ## run the whole CPU test suite (ARGS="-k name" narrows it)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --timeout 900 --durations 10 $(ARGS)
 
+faults: $(READY)  ## kill, cancel, fill the disk, feed nonsense: nothing may be lost (minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m faults --timeout 900 --durations 5 \
+	  tests/faults/test_faults.py
+	$(BIN)/python -m tests.faults.soak --table --file build/faults.json
+
+soak: $(READY)  ## the same by the thousand; goes on where it stopped (MINUTES=60)
+	$(BIN)/python -m tests.faults.soak --minutes $(or $(MINUTES),60) --jobs $(WORKERS)
+
+hour: $(READY)  ## an hour of video and more in one rollout, watched; goes on where it stopped
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.hour
+	$(BIN)/python -m tests.faults.hour --judge
+
 # in triton's interpreter: about half a second a shape
-soak: $(READY)  ## try the fused read on thousands of random shapes (SHAPES=3000)
+shapes: $(READY)  ## try the fused read on thousands of random shapes (SHAPES=3000)
 	TRITON_INTERPRET=1 VIDKV_SHAPES=$(or $(SHAPES),3000) OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
 	  tests/kernels/interpreted/test_paged_attention.py -n $(WORKERS) -q
 

@@ -1,5 +1,5 @@
-"""The command line: `vidkv generate | render | jobs | serve | estimate | models | convert | doctor | bench | eval |
-train`.
+"""The command line: `vidkv generate | render | jobs | serve | estimate | models | convert | doctor | bench |
+eval | train`.
 
 Results go to stdout (one JSON object with `--json`), progress and messages to stderr. Exit codes: 0 done,
 1 a check failed, 2 a value or file that cannot be used, 130 and 143 stopped by Ctrl-C and SIGTERM.

@@ -49,6 +49,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.command()(render)
     app.command()(jobs)
+    app.command()(serve)
 
 
 def render(
@@ -64,9 +65,7 @@ def render(
     retries: Annotated[int, typer.Option(min=0, help="Attempts after the first.")] = 2,
     shard: Annotated[
         str | None,
-        typer.Option(
-            help="This process's part: INDEX/COUNT from 0, auto (the launcher's), or auto/COUNT."
-        ),
+        typer.Option(help="This process's part: INDEX/COUNT from 0, auto (the launcher's), or auto/COUNT."),
     ] = None,
     engine: Annotated[str, typer.Option(help="local, or ray for a cluster.")] = "local",
     actors: Annotated[int | None, typer.Option(min=1, help="Ray actors; by default one per GPU.")] = None,
@@ -103,12 +102,12 @@ def render(
     from vidkv.jobs.supervisor import pick_devices
     from vidkv.request import EngineSettings
 
-    if resume not in ("exact", "light"):
-        raise InputError(f"--resume {resume!r:.40}; choose exact or light")
     if engine not in ("local", "ray"):
         raise InputError(f"--engine {engine!r:.40}; choose local or ray")
     if not checkpoint_every > 0:
         raise InputError(f"--checkpoint-every {checkpoint_every}: give a positive number of seconds")
+    if engine == "ray" and devices != "auto":
+        raise InputError(f"--devices {devices!r:.40}: Ray chooses them; leave it out, or say --actors")
     own = _own_device(shard, devices)
     names = pick_devices(own)
     settings = EngineSettings(
@@ -116,7 +115,7 @@ def render(
         text_weights=text_weights, offload=offload, loras=tuple(scaled(text) for text in lora or ()), vae=vae,
         tile=tile_size(tile), compiled=compiled,
     )  # fmt: skip
-    options = Options(cast(Literal["exact", "light"], resume), Interval(every_s=checkpoint_every))
+    options = Options(_resume(resume), Interval(every_s=checkpoint_every))
     batch = rendering.Batch(
         manifest, out, settings, names, options, retries, _shard(shard),
         rendering.RayCluster(address, actors) if engine == "ray" else None,
@@ -133,6 +132,38 @@ def render(
         say("stopped; run the same command again to go on")
         raise typer.Exit(SIGNALLED + report["signal"])
     raise typer.Exit(FAILED if counts["failed"] else OK)
+
+
+def serve(
+    out: Annotated[Path, typer.Option(help="The folder for finished videos.")] = Path("renders"),
+    host: Annotated[str, typer.Option(help="Any but the loopback needs a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 for any that is free.")] = 8000,
+    token_file: Annotated[Path | None, typer.Option(help="File with the secret that requests bear.")] = None,
+    devices: Devices = "auto",
+    queue: Annotated[int, typer.Option(min=1, help="Unfinished jobs; more are refused with 429.")] = 32,
+    resume: Resume = "exact",
+    retries: Annotated[int, typer.Option(min=0, help="Attempts after the first.")] = 2,
+    weights: Weights = "full",
+    text_weights: TextWeights = None,
+    offload: Offload = "text",
+) -> None:
+    """Take jobs over HTTP (/v1/videos, described at /openapi.json) and do them, until Ctrl-C."""
+    from vidkv.apps import serve as serving
+    from vidkv.apps.api import ApiLimits
+    from vidkv.jobs.run import Options
+    from vidkv.jobs.supervisor import pick_devices
+    from vidkv.request import EngineSettings
+
+    names = pick_devices(devices)
+    number = serving.serve(
+        out, host, port, serving.read_token(token_file) if token_file else None, names,
+        settings=EngineSettings(
+            device=names[0].partition(":")[0], weights=weights, text_weights=text_weights, offload=offload
+        ),
+        options=Options(_resume(resume)), retries=retries, limits=ApiLimits(queue=queue),
+        say=lambda url: say(f"serving at {url}"),
+    )  # fmt: skip
+    raise typer.Exit(SIGNALLED + number if number else OK)
 
 
 def jobs(
@@ -178,6 +209,12 @@ def _row(job: Job) -> dict[str, Any]:
         "id": job.id, "state": job.state.value, "done": job.done, "chunks": job.chunks, "frames": job.frames,
         "prompt": job.request["prompt"], "out": job.out, "error": job.error, "attempts": job.attempts,
     }  # fmt: skip
+
+
+def _resume(name: str) -> Literal["exact", "light"]:
+    if name not in ("exact", "light"):
+        raise InputError(f"--resume {name!r:.40}; choose exact or light")
+    return cast(Literal["exact", "light"], name)
 
 
 def _shard(text: str | None) -> Shard | None:

@@ -117,15 +117,17 @@ def render(batch: Batch, planned: Sequence[Plan]) -> dict[str, Any]:
         # not before it is known that no other supervisor holds the store
         jobs = [store.submit_plan(one, again=True) for one in planned]
         ids = [job.id for job in jobs]
-        with _signals() as caught, RenderProgress() as progress:
-            while not caught and engine.step():
+        with _signals() as caught:
+            with RenderProgress() as progress:
+                progress.update(jobs)
+                while not caught and engine.step():
+                    progress.update(_of(store, ids))
+                engine.stop()
                 progress.update(_of(store, ids))
-            engine.stop()
-            progress.update(_of(store, ids))
-        report = write_report(
-            store, _of(store, ids), batch.out, started, time.time(),
-            stopped_by=signal.Signals(caught[0]).name if caught else None, before=jobs,
-        )  # fmt: skip
+            report = write_report(
+                store, _of(store, ids), batch.out, started, time.time(),
+                stopped_by=signal.Signals(caught[0]).name if caught else None, before=jobs,
+            )  # fmt: skip
     return report | ({"signal": caught[0]} if caught else {})
 
 

@@ -191,6 +191,7 @@ class StreamingTinyDecoder:
 
     def reset(self) -> None:
         """Forget everything fed so far: the next latent frame is the first of a video."""
+        self.finite = torch.tensor(True)
         self._memory: list[Tensor] | None = None
         self._fed_frames = 0
         self._grid: tuple[int, int, int] | None = None
@@ -205,7 +206,9 @@ class StreamingTinyDecoder:
         Returns:
             (batch, pixel frames, height, width, 3) uint8 on the latents' device.
         """
-        return as_bytes(self.decode(latents))
+        pixels = self.decode(latents)
+        self.finite = pixels.isfinite().all()
+        return as_bytes(pixels)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

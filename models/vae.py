@@ -42,10 +42,14 @@ class StreamingDecoder:
 
     Args:
         vae: a Wan VAE; its `latents_mean` and `latents_std` undo the model's normalisation.
+
+    Attributes:
+        finite: whether all of what `feed` decoded last was numbers, () bool on its device: as bytes NaN is a
+            colour, and it stays in the memory of later frames.
     """
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
-        self.vae = vae
+        self.vae, self.finite = vae, torch.tensor(True)
         self._statistics = Statistics(vae.config.latents_mean, vae.config.latents_std)
         self.reset()
 
@@ -66,7 +70,9 @@ class StreamingDecoder:
         Returns:
             (batch, pixel frames, height, width, 3) uint8 on the latents' device.
         """
-        return as_bytes(self.decode(latents))
+        pixels = self.decode(latents)
+        self.finite = pixels.isfinite().all()
+        return as_bytes(pixels)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -114,6 +114,7 @@ class TiledDecoder:
 
     def reset(self) -> None:
         """Forget everything fed so far: the next latent frame is the first of a video."""
+        self.finite = torch.tensor(True)
         self._grid: Grid | None = None
         self._decoders: list[Streaming] = []
         self._weights: dict[tuple[int, int, int, int], Tensor] = {}
@@ -128,7 +129,9 @@ class TiledDecoder:
         Returns:
             (batch, pixel frames, height, width, 3) uint8 on the latents' device.
         """
-        return as_bytes(self.decode(latents))
+        pixels = self.decode(latents)
+        self.finite = pixels.isfinite().all()
+        return as_bytes(pixels)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

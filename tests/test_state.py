@@ -180,7 +180,7 @@ class TestFile:
             raise error
 
         monkeypatch.setattr(state, "save_file", half)
-        with pytest.raises(OutputError, match="cannot write .*rollout.safetensors"):
+        with pytest.raises(OutputError, match=r"cannot write .*rollout\.safetensors"):
             saved(tmp_path, model)
         assert path.read_bytes() == before
         assert os.listdir(tmp_path) == ["rollout.safetensors"]

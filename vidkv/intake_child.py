@@ -187,6 +187,8 @@ def _opened(source: BinaryIO, container: str, task: Task) -> InputContainer:
     import av
 
     source.seek(0)
+    # later versions replace what is no UTF-8 without being asked
+    lenient: dict[str, Any] = {"metadata_errors": "replace"} if av.__version__.startswith("18.") else {}
     return av.open(
         source,
         "r",
@@ -195,8 +197,7 @@ def _opened(source: BinaryIO, container: str, task: Task) -> InputContainer:
         container_options={"protocol_whitelist": "none", "codec_whitelist": ",".join(CODECS)},
         buffer_size=2**20,
         io_open=_open_nothing,
-        # later versions replace what is no UTF-8 without being asked
-        **({"metadata_errors": "replace"} if av.__version__.startswith("18.") else {}),
+        **lenient,
     )
 
 

@@ -22,7 +22,7 @@ from vidkv.loading import find_model, model_entry
 from vidkv.memory import OFFLOADS, check_fits, own_guidance, pixel_size, plan_memory
 from vidkv.models.checkpoints.folders import read_json, require_tokenizer
 from vidkv.models.families.base import ModelEntry
-from vidkv.models.registry import canonical_prompt
+from vidkv.models.registry import MODELS, canonical_prompt
 from vidkv.models.vae import pixel_frames
 from vidkv.models.vae_tiles import Tiling
 from vidkv.models.weights import check_library, check_precision
@@ -114,14 +114,27 @@ class Plan:
         """The request's, or the beginning of the key."""
         return self.request.id or self.key[:16]
 
+    def resolved(self) -> tuple[VideoRequest, EngineSettings]:
+        """Request and settings with absolute paths, for processes that stand elsewhere."""
+        request, settings = self.request, self.settings
+        paths = {name: path.absolute() for name in ("image", "video") if (path := getattr(request, name))}
+        model = request.model if request.model in MODELS else str(self.folder.absolute())
+        loras = tuple((path.absolute(), scale) for path, scale in settings.loras)
+        vae = settings.vae and settings.vae.absolute()
+        return (
+            request.model_copy(update=paths | {"model": model} if model != request.model else paths),
+            settings.model_copy(update={"loras": loras, "vae": vae} if loras or vae else {}),
+        )
+
     def metadata(self) -> dict[str, str]:
-        """What made the video, for its metadata."""
+        """What made the video, for its metadata; of files only the names."""
         request, settings = self.request, self.settings
         height, width = self.size
         chosen = {
-            "guidance": request.guidance, "negative": request.negative, "image": request.image,
-            "video": request.video, "switch": request.switch, "vae": settings.vae, "tile": settings.tile,
-            "loras": "; ".join(f"{path}:{scale:g}" for path, scale in settings.loras) or None,
+            "guidance": request.guidance, "negative": request.negative, "switch": request.switch,
+            "image": request.image and request.image.name, "video": request.video and request.video.name,
+            "vae": settings.vae and settings.vae.name, "tile": settings.tile,
+            "loras": "; ".join(f"{path.name}:{scale:g}" for path, scale in settings.loras) or None,
             "noise": request.noise if request.noise != "counter" else None,
             "weights": settings.weights if settings.weights != "full" else None,
         }  # fmt: skip

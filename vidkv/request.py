@@ -264,6 +264,8 @@ def below(text: str) -> str:
         raise ValueError("give a path below the output folder, without '..', ':' or a leading dot")
     if path.suffix.lower() != ".mp4":
         raise ValueError("it must end in .mp4")
+    if path.name.casefold().endswith(".partial.mp4"):
+        raise ValueError("names ending in .partial.mp4 are kept for videos that were stopped")
     # another video's file may have that name
     if any(part.lower().endswith(".mp4") for part in path.parts[:-1]):
         raise ValueError("only the file may end in .mp4, not a folder that it is in")

@@ -16,7 +16,7 @@ from torch import Tensor
 from vidkv.attention import CachedAttention
 from vidkv.cache import CacheGeometry, CacheSpec, KVCache
 from vidkv.cache.saved import check_tensor, entry, whole_numbers
-from vidkv.decoding import Decoder, LaterFrames
+from vidkv.decoding import Decoder, LaterFrames, check_decoded
 from vidkv.dispatch import check as check_path
 from vidkv.dispatch import choose as choose_path
 from vidkv.errors import InputError, NumericsError, ResourceError, StateError
@@ -776,6 +776,7 @@ class Rollout:
             return None
         self._await_decoder()
         frames = self.decoder.feed(latents)
+        check_decoded(self.decoder.finite)
         if self.recompute_context and self.context_encoder:
             for i in range(latents.shape[1]):
                 last = pixel_frames(start + i + 1) - pixel_frames(start) - 1

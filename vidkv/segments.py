@@ -516,7 +516,8 @@ def _scan(path: Path) -> VideoInfo | None:
             stream = container.streams.video[0]
             frames = sum(1 for packet in container.demux(stream) if packet.size)
             return _info(path, stream, frames)
-    except (av.error.FFmpegError, IndexError):
+    # of damaged files streams may lack what whole ones have
+    except (av.error.FFmpegError, IndexError, AttributeError, ValueError):
         return None
 
 
@@ -537,10 +538,10 @@ def _open_input(path: Path) -> Iterator[InputContainer]:
 
     try:
         container = av.open(_url(path), "r", format=_format(path))
-    except (av.error.FFmpegError, OSError) as error:
+    except (av.error.FFmpegError, OSError, ValueError, IndexError) as error:
         raise InputError(f"cannot read video {path}: {reason(error)}") from error
     with container:
-        if not container.streams.video:
+        if not container.streams.video or container.streams.video[0].codec_context is None:
             raise InputError(f"cannot read video {path}: it has no pictures")
         yield container
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ def write_tensors(path: Path, tensors: Tensors, header: dict[str, Any]) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {"vidkv": json.dumps(header)})
         publish(temporary, path)

@@ -120,7 +120,9 @@ class Runner:
                 "model, precision or a file it starts from has changed; submit it under another id"
             )
         work = _Work(folder, claim, planned, out, self)
-        if not work.finished():
+        if work.finished():
+            work.resumed_at = work.committed
+        else:
             pipe = self.pipeline(planned)
             claim.check()
             work.roll(pipe, report)
@@ -217,7 +219,8 @@ class _Work:
             except OSError as error:
                 raise OutputError(f"cannot create {self.out.parent}: {reason(error)}") from error
             self._join(self.out, metadata)
-        partial_video(self.out).unlink(missing_ok=True)
+        if _is_ours(partial_video(self.out), self.plan.key):
+            partial_video(self.out).unlink(missing_ok=True)
         return {
             "state": "done",
             "out": str(self.out),

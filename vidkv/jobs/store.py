@@ -190,13 +190,11 @@ class JobStore:
 
     def submit_plan(self, planned: Plan, *, most: int | None = None, again: bool = False) -> Job:
         """Likewise, of a request that was planned with `plan`."""
-        request, settings = planned.request, planned.settings
-        out = request.out or below(f"{planned.id}.mp4")
-        if out.casefold().endswith(".partial.mp4"):
-            raise InputError(
-                f"out={out!r}: names ending in .partial.mp4 are kept for videos that were stopped; choose "
-                "another id or out"
-            )
+        request, settings = planned.resolved()
+        try:
+            out = request.out or below(f"{planned.id}.mp4")
+        except ValueError as error:
+            raise InputError(f"id={planned.id!r}: {error}") from None
         with self._lock, self._transaction():
             found = self._row("id = ?", planned.id)
             if found is not None:
@@ -504,10 +502,11 @@ class JobStore:
         folder = self.folder(job)
         folder.create(self._job_json(job))
         folder.reopen()
-        self._move(
-            job.id, State.QUEUED, worker=None, error=None, attempts=0, crashes=0, crashed_at=-1,
-            not_before=0.0, result="{}",
-        )  # fmt: skip
+        changes: dict[str, Any] = {"crashed_at": -1, "not_before": 0.0, "result": "{}"}
+        if job.state is State.DONE:
+            # its segments are gone
+            changes |= {"done": 0, "frames": 0}
+        self._move(job.id, State.QUEUED, worker=None, error=None, attempts=0, crashes=0, **changes)
 
     @staticmethod
     def _job_json(job: Job) -> dict[str, Any]:

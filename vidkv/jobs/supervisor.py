@@ -23,7 +23,7 @@ from vidkv.jobs.worker import Orders, Worker, process_main
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext
 
-STOP_S = 8.0
+STOP_S = 7.0
 """How long workers have to stop by themselves."""
 POLL_S = 0.1
 MAX_FALSE_STARTS = 3
@@ -188,6 +188,8 @@ def sole_supervisor(store: JobStore) -> Iterator[None]:
 
 def _warm_context() -> ForkServerContext:
     """Processes forked from one that has imported everything: a worker is back within a second."""
+    # beside other work, threads that spin at OpenMP's barriers cost most of the speed
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["vidkv.jobs.worker"])
     return context
