@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from accelerate import init_empty_weights
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor, nn
 
@@ -38,6 +37,7 @@ from vidkv.apps.stock_loop import StockLoop
 from vidkv.cache import CacheGeometry, CacheSpec, planned_bytes
 from vidkv.errors import InputError, ResourceError
 from vidkv.memory import latent_size, pixel_size
+from vidkv.models.checkpoints.empty import empty_weights
 from vidkv.models.families.base import ModelEntry
 from vidkv.models.registry import known_model
 from vidkv.models.vae import StreamingDecoder
@@ -451,13 +451,13 @@ def fill(loop: Loop, setup: Setup) -> None:
 
 def empty_transformer(entry: ModelEntry) -> CausalWanTransformer3DModel:
     """Without memory for its weights."""
-    with init_empty_weights(include_buffers=True):
+    with empty_weights(include_buffers=True):
         return CausalWanTransformer3DModel(**entry.transformer)
 
 
 def empty_vae(entry: ModelEntry) -> AutoencoderKLWan:
     """Without memory for its weights."""
-    with init_empty_weights(include_buffers=True):
+    with empty_weights(include_buffers=True):
         return AutoencoderKLWan(**entry.vae)
 
 

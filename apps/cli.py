@@ -307,6 +307,23 @@ def bench_rollout(
     emit(report, as_json, table(report))
 
 
+@bench_app.command("render")
+def bench_render(
+    prompt: Annotated[str, typer.Option(help="What to show.")] = "a red circle and a blue square bouncing",
+    videos: Annotated[int, typer.Option(min=2, help="Videos on either side.")] = 6,
+    seconds: Annotated[float, typer.Option(help="Length of each.")] = 20.0,
+    model: Model = "bounce",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """What jobs cost beside a bare loop over the pipeline, and what a light resume changes."""
+    from vidkv.apps.bench_render import render_report, table
+
+    with ProgressLine() as line:
+        report = render_report(model, prompt, videos, seconds, device, line.step_done)
+    emit(report, as_json, table(report))
+
+
 @bench_app.command("attention")
 def bench_attention(
     shape: Annotated[

@@ -9,11 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from accelerate import init_empty_weights
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from safetensors.torch import load_file
 
 from vidkv.errors import CheckpointError
+from vidkv.models.checkpoints.empty import empty_weights
 from vidkv.models.checkpoints.folders import file_shapes
 from vidkv.models.checkpoints.layouts import to_diffusers, vae_pairs
 from vidkv.models.families import longlive2, wan21
@@ -44,7 +44,7 @@ def load_wan_vae(path: Path) -> AutoencoderKLWan:
         names = to_diffusers(shapes, vae_pairs(known))
     found = {names[name]: shape for name, shape in shapes.items()}
     config = known | _widths(path, found)
-    with init_empty_weights():
+    with empty_weights():
         model = AutoencoderKLWan(**config)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name in sorted(set(found) | set(wanted)):
@@ -86,7 +86,7 @@ def wan_settings(path: Path, channels: int) -> dict[str, Any]:
         CheckpointError: there is none.
     """
     for settings in (wan21.VAE, longlive2.VAE):
-        with init_empty_weights():
+        with empty_weights():
             known = dict(AutoencoderKLWan(**settings).config)
         if known["z_dim"] == channels:
             return {name: value for name, value in known.items() if not name.startswith("_")}
@@ -123,7 +123,7 @@ def load_tiny_decoder(path: Path, denormalised: bool | None = None) -> TinyVideo
     if denormalised:
         known = wan_settings(path, config["latent_channels"])
         config |= {name: known[name] for name in ("latents_mean", "latents_std")}
-    with init_empty_weights():
+    with empty_weights():
         model = TinyVideoDecoder(**config)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     splits = {f"decoder.{i}.conv.weight" for i, m in enumerate(model.decoder) if isinstance(m, SplitTime)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from safetensors.torch import save_file
+from torch import nn
 
 from tests.models.checkpoints.stock_files import ENTRY
 from tests.tiny import CHANNELS, build_pipeline, randomise
@@ -18,9 +20,12 @@ from vidkv import loading
 from vidkv.errors import CheckpointError, InputError
 from vidkv.loading import LoadOptions, find_model, keeps_text, load_parts, model_entry, prompts_on_demand
 from vidkv.models import registry
+from vidkv.models.checkpoints.folders import verify
 from vidkv.models.text import encode_prompts
 from vidkv.models.tiny_vae import TinyVideoDecoder
+from vidkv.models.wan import CausalWanTransformer3DModel
 from vidkv.models.weights import precision_of
+from vidkv.pipeline import CausalVideoPipeline
 
 PROMPTS = ["a red circle bouncing", "a blue square resting"]
 
@@ -247,3 +252,26 @@ class TestTextOnDemand:
         assert not torch.equal(full, narrow)
         half = prompts_on_demand(stock, LoadOptions(torch.bfloat16), device).encode(PROMPTS)
         assert len(loads) == 3 and half.dtype == torch.bfloat16
+
+
+def test_plans_and_loads_of_several_threads_do_not_meet(saved: Path) -> None:
+    """Networks without memory are built by a context that changes torch's modules for all threads."""
+    loaded: list[CausalVideoPipeline] = []
+
+    def plan_shapes() -> None:
+        verify(saved / "transformer", CausalWanTransformer3DModel)
+
+    def load() -> None:
+        loaded.append(CausalVideoPipeline.from_pretrained(saved))
+
+    with ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(verify, saved / "transformer", CausalWanTransformer3DModel) for _ in range(30)]
+        waiting += [pool.submit(load) for _ in range(4)]
+        waiting += [
+            pool.submit(verify, saved / "transformer", CausalWanTransformer3DModel) for _ in range(30)
+        ]
+        for future in waiting:
+            future.result()
+    assert len(loaded) == 4
+    assert not any(parameter.is_meta for pipe in loaded for parameter in pipe.transformer.parameters())
+    assert not nn.Linear(2, 2).weight.is_meta

@@ -21,7 +21,9 @@ _HOMES = {
     "CausalVideoPipeline": "vidkv.pipeline",
     "CausalWanTransformer3DModel": "vidkv.models.wan",
     "Chunk": "vidkv.rollout",
+    "EngineSettings": "vidkv.request",
     "FlowSchedule": "vidkv.schedule",
+    "JobStore": "vidkv.jobs.store",
     "KVCache": "vidkv.cache",
     "MemoryPlan": "vidkv.memory",
     "PromptSchedule": "vidkv.prompts",
@@ -30,16 +32,21 @@ _HOMES = {
     "StreamingDecoder": "vidkv.models.vae",
     "StreamingEncoder": "vidkv.models.vae_encode",
     "Tiling": "vidkv.models.vae_tiles",
+    "VideoRequest": "vidkv.request",
+    "VideoStream": "vidkv.stream",
     "VidkvError": "vidkv.errors",
     "load_rollout": "vidkv.state",
     "save_rollout": "vidkv.state",
+    "work_off": "vidkv.jobs.supervisor",
 }
 __all__ = [
     "CacheSpec",
     "CausalVideoPipeline",
     "CausalWanTransformer3DModel",
     "Chunk",
+    "EngineSettings",
     "FlowSchedule",
+    "JobStore",
     "KVCache",
     "MemoryPlan",
     "PromptSchedule",
@@ -48,15 +55,20 @@ __all__ = [
     "StreamingDecoder",
     "StreamingEncoder",
     "Tiling",
+    "VideoRequest",
+    "VideoStream",
     "VidkvError",
     "__version__",
     "load_rollout",
     "save_rollout",
+    "work_off",
 ]
 
 if TYPE_CHECKING:
     from vidkv.cache import CacheSpec, KVCache
     from vidkv.errors import VidkvError
+    from vidkv.jobs.store import JobStore
+    from vidkv.jobs.supervisor import work_off
     from vidkv.memory import MemoryPlan
     from vidkv.models.vae import StreamingDecoder
     from vidkv.models.vae_encode import StreamingEncoder
@@ -65,9 +77,11 @@ if TYPE_CHECKING:
     from vidkv.noise import StockNoise
     from vidkv.pipeline import CausalVideoPipeline
     from vidkv.prompts import PromptSchedule
+    from vidkv.request import EngineSettings, VideoRequest
     from vidkv.rollout import Chunk, Rollout
     from vidkv.schedule import FlowSchedule
     from vidkv.state import load_rollout, save_rollout
+    from vidkv.stream import VideoStream
 
 
 def __getattr__(name: str) -> Any:

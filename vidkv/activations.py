@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from vidkv.models.checkpoints.empty import empty_weights
 
 if TYPE_CHECKING:
     from diffusers.models.modeling_utils import ModelMixin
@@ -26,7 +27,7 @@ def pass_activations(
     """
     from vidkv.models.wan import Attend, TextContext
 
-    with init_empty_weights():
+    with empty_weights():
         shallow = type(model).from_config({**model.config, "num_layers": 1})
     # diffusers' own `to` warns of modules that it would load in float32
     nn.Module.to(shallow, dtype)
@@ -57,7 +58,7 @@ def pass_activations(
 def text_activations(encoder: nn.Module, tokens: int, batch: int, dtype: torch.dtype) -> int:
     """Bytes alive while prompts pass through one layer of the text encoder."""
     config: Any = encoder.config
-    with init_empty_weights():
+    with empty_weights():
         shallow = type(encoder)(type(config)(**{**config.to_dict(), "num_layers": 1})).to(dtype).eval()
     ids = torch.zeros(batch, tokens, dtype=torch.int64, device="meta")
     with torch.no_grad(), LiveBytes() as live, _Fused():
@@ -72,7 +73,7 @@ def decode_activations(
     """Bytes alive while a later chunk is decoded, the features kept before it not counted."""
     from vidkv.models.vae_decoders import streaming_decoder
 
-    with init_empty_weights():
+    with empty_weights():
         empty = type(vae).from_config(dict(vae.config))
     nn.Module.to(empty, dtype)
     decoder = streaming_decoder(empty)

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderMode
 
 from vidkv.embeddings import EmbeddingCache, PromptEncoder, folder_fingerprint
 from vidkv.errors import CheckpointError, InputError
+from vidkv.models.checkpoints.empty import BUILDING
 from vidkv.models.checkpoints.folders import models_home, read_json, require_tokenizer, verify
 from vidkv.models.checkpoints.load import load_model
 from vidkv.models.families.base import ModelEntry
@@ -170,9 +171,10 @@ def load_text_encoder(folder: Path, options: LoadOptions) -> UMT5EncoderModel:
 def _network(build: type[nn.Module], folder: Path, options: LoadOptions, precision: str) -> Any:
     # a narrower copy is made beside the full one: that may not fit where it is to stay
     device = options.device if precision == "full" else "cpu"
-    model = load_model(build, folder, device, options.dtype)
-    set_precision(model, check_precision(precision), options.dtype)
-    return model.to(options.device)
+    with BUILDING:
+        model = load_model(build, folder, device, options.dtype)
+        set_precision(model, check_precision(precision), options.dtype)
+        return model.to(options.device)
 
 
 def _vae(folder: Path, options: LoadOptions) -> nn.Module:

@@ -15,7 +15,6 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 
 from vidkv.activations import decode_activations, pass_activations, text_activations
@@ -23,6 +22,7 @@ from vidkv.cache import CacheGeometry, CacheSpec, planned_bytes
 from vidkv.cache.formats import FORMATS
 from vidkv.cache.kv_cache import planned_pools
 from vidkv.errors import InputError, ResourceError
+from vidkv.models.checkpoints.empty import empty_weights
 from vidkv.models.families.base import ModelEntry
 from vidkv.models.weights import Precision, cast_bytes, planned_weight_bytes, precision_of, weight_bytes
 from vidkv.room import USABLE
@@ -470,7 +470,7 @@ def empty_models(name: str) -> tuple[ModelMixin, ModelMixin, nn.Module]:
     from vidkv.models.wan import CausalWanTransformer3DModel
 
     entry = MODELS[name]
-    with init_empty_weights():
+    with empty_weights():
         return (
             CausalWanTransformer3DModel(**entry.transformer),
             AutoencoderKLWan(**entry.vae),

@@ -24,6 +24,7 @@ from vidkv.embeddings import PromptEncoder
 from vidkv.errors import Cancelled, CheckpointError, InputError
 from vidkv.loading import LoadOptions, find_model, keeps_text, load_parts, prompts_on_demand
 from vidkv.memory import MemoryPlan, latent_size, pixel_size, plan_loaded, spatial_stride
+from vidkv.models.checkpoints.empty import BUILDING
 from vidkv.models.families.base import ModelEntry
 from vidkv.models.lora import LoraPipelineMixin
 from vidkv.models.registry import MODELS, canonical_prompt, contrast_prompt
@@ -159,13 +160,14 @@ class CausalVideoPipeline(DiffusionPipeline, LoraPipelineMixin):
         folder = find_model(model)
         other = Path(vae_path) if vae_path else None
         options = LoadOptions(dtype, device, weights, text_weights or weights, text, other)
-        parts = load_parts(folder, options, set(kwargs))
-        try:
-            pipe: CausalVideoPipeline = super().from_pretrained(
-                str(folder), **{"dtype": dtype, "local_files_only": True} | parts | kwargs
-            )
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            raise CheckpointError(f"cannot load the model in {folder}: {_first_line(error)}") from None
+        with BUILDING:
+            parts = load_parts(folder, options, set(kwargs))
+            try:
+                pipe: CausalVideoPipeline = super().from_pretrained(
+                    str(folder), **{"dtype": dtype, "local_files_only": True} | parts | kwargs
+                )
+            except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+                raise CheckpointError(f"cannot load the model in {folder}: {_first_line(error)}") from None
         if pipe.text_encoder is None and not keeps_text(folder, options):
             pipe.prompt_encoder = prompts_on_demand(folder, options, torch.device(device))
         return pipe

@@ -7,11 +7,11 @@ import os
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
-from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from vidkv.errors import CheckpointError
+from vidkv.models.checkpoints.empty import empty_weights
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -118,7 +118,7 @@ def model_shapes(build: type[nn.Module], config: Mapping[str, object]) -> Shapes
     Args:
         build: a model class of diffusers or transformers.
     """
-    with init_empty_weights():
+    with empty_weights():
         if hasattr(build, "from_config"):
             model = build.from_config(dict(config))
         else:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from safetensors import safe_open
 from torch import nn
 
+from vidkv.models.checkpoints.empty import empty_weights
 from vidkv.models.checkpoints.folders import read_json, stored_files, verify
 
 
@@ -48,7 +48,7 @@ def load_model(build: type[nn.Module], folder: Path, device: str, dtype: torch.d
 
 def empty_model(build: type[nn.Module], config: Mapping[str, object]) -> Any:
     """The model with parameters that take no memory; buffers are real."""
-    with init_empty_weights(include_buffers=False):
+    with empty_weights(include_buffers=False):
         if hasattr(build, "from_config"):
             return build.from_config(dict(config))
         return build(build.config_class.from_dict(dict(config)))  # type: ignore[attr-defined]
