@@ -78,7 +78,8 @@ class TestExclusive:
 
         def contend() -> None:
             mine = Claims()
-            for _ in range(150):
+            # however the threads are scheduled
+            while len(fences) < 60:
                 claim = mine.take(tmp_path)
                 if claim is None:
                     continue
@@ -98,7 +99,7 @@ class TestExclusive:
         for thread in threads:
             thread.join()
         assert most[0] == 1
-        assert len(fences) > 50 and fences == sorted(set(fences))
+        assert fences == sorted(set(fences))
         assert names(tmp_path) == [f"{fences[-1]:06d}"]
 
     def test_one_of_four_processes_has_it(self, tmp_path: Path) -> None:

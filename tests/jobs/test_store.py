@@ -36,8 +36,9 @@ def planned(id: str, key: str | None = None, out: str | None = None) -> Any:
     """What the store reads of a plan."""
     request = VideoRequest(id=id, prompt="a red circle", out=out)
     return SimpleNamespace(
-        id=id, key=key or f"{sum(id.encode()):08x}" * 8, request=request, settings=EngineSettings(), chunks=3
-    )
+        id=id, key=key or f"{sum(id.encode()):08x}" * 8, chunks=3,
+        resolved=lambda: (request, EngineSettings()),
+    )  # fmt: skip
 
 
 def submit(store: JobStore, id: str = "a", **options: Any) -> Job:
