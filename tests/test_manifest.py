@@ -331,8 +331,10 @@ class TestSchema:
         schema = manifest_schema()
         text, entries, _ = schema["properties"]["schedule"]["anyOf"]
         assert text == {"type": "string"} and entries["maxItems"] == 1_000
-        pair, named = entries["items"]["anyOf"]
+        listed, named = entries["items"]["anyOf"]
+        pair, triple = listed["oneOf"]
         assert [part["type"] for part in pair["prefixItems"]] == ["number", "string"]
+        assert triple["prefixItems"][:2] == pair["prefixItems"] and triple["maxItems"] == 3
         assert named == {"$ref": "#/$defs/ScheduledPrompt"}
         text, settings_, _ = schema["properties"]["cache"]["anyOf"]
         assert text == {"type": "string"} and settings_ == {"$ref": "#/$defs/CacheSpec"}

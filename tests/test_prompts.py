@@ -44,6 +44,25 @@ class TestTime:
         assert schedule.at((frame - 0.01) / fps) == "a"
 
 
+class TestSteering:
+    def test_switches_go_with_their_prompts(self) -> None:
+        schedule = PromptSchedule.of([(4, "c", "flush"), (0, "a"), (2, "b", None)])
+        assert [schedule.switch_at(s) for s in (0, 2, 3.9, 4, 9)] == [None, None, None, "flush", "flush"]
+        assert PromptSchedule.of(schedule.timed) == schedule
+        assert PromptSchedule.of([(0, "a", None)]) == PromptSchedule.of("a")
+
+    def test_a_steered_prompt_holds_until_the_next_of_the_schedule(self) -> None:
+        schedule = PromptSchedule.of([(0, "a"), (2, "b"), (6, "c")])
+        steered = schedule.steered(4.5, "x", "recache", str.upper)
+        assert [steered.at(s) for s in (0, 2, 4.4, 4.5, 5.9, 6)] == ["a", "b", "b", "X", "X", "c"]
+        assert steered.switch_at(4.5) == "recache" and schedule.at(4.5) == "b"
+
+    def test_at_the_second_of_another_prompt_it_takes_its_place(self) -> None:
+        schedule = PromptSchedule.of([(0, "a"), (2, "b")])
+        assert schedule.steered(0, "x").entries == ((0.0, "x"), (2.0, "b"))
+        assert schedule.steered(2, "y").steered(2, "z").entries == ((0.0, "a"), (2.0, "z"))
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("prompt", "words"),
@@ -54,6 +73,7 @@ class TestErrors:
             ([(0, "a"), (math.nan, "b")], "second nan"),
             ([(0, "a"), (math.inf, "b")], "second inf"),
             ([(0, "a"), (3, "b"), (3.0, "c")], "two prompts at second 3"),
+            ([(0, "a"), (3, "b", "cut")], "second 3: switch='cut'; choose keep, recache, flush, lerp"),
         ],
         ids=str,
     )
@@ -68,7 +88,7 @@ class TestErrors:
             None,
             ["a"],
             [(0,)],
-            [(0, "a", "b")],
+            [(0, "a", None, None)],
             [("0", "a")],
             [(0, 7)],
             [[(0, "a")], [(0, "b")]],

@@ -63,6 +63,12 @@ class TestSchedule:
             (5.0, "fox: night"),
         )
 
+    def test_an_entry_may_say_what_becomes_of_the_history(self) -> None:
+        entries = [[1, "a", "flush"], {"second": 2, "prompt": "b", "switch": "keep"}, [3, "c", None], [4, "d"]]
+        assert VideoRequest.of({"prompt": "x", "schedule": entries}).schedule == (
+            (1.0, "a", "flush"), (2.0, "b", "keep"), (3.0, "c", None), (4.0, "d"),
+        )  # fmt: skip
+
     @pytest.mark.parametrize(
         ("schedule", "message"),
         [
@@ -74,7 +80,11 @@ class TestSchedule:
             ([[1, ""]], "schedule.0.1='': the prompt is empty; describe the video in a sentence"),
             ([[1, "a\0"]], r"schedule.0.1='a\x00': it holds a NUL character; leave it out"),
             ([[1, "a"], [2]], "schedule.1.1=[2]: give [second, prompt], such as [5, 'a blue circle']"),
-            ([[1, "a", 3]], "schedule.0=[1, 'a', 3]: give [second, prompt], such as [5, 'a blue circle']"),
+            ([[1, "a", 3]], "schedule.0.2=3: input should be 'keep', 'recache', 'flush' or 'lerp'"),
+            (
+                [[1, "a", "keep", 4]],
+                "schedule.0=[1, 'a', 'keep', 4]: give [second, prompt], such as [5, 'a blue circle']",
+            ),
             (7, "schedule=7: give a list of [second, prompt], such as [5, 'a blue circle']"),
             ("[1,", "schedule='[1,': expecting value at column 4, near the end"),
             ('[[NaN, "a"]]', "schedule='[[NaN, \"a\"]]': NaN is not JSON; give a finite number"),

@@ -13,7 +13,8 @@ from tests.tiny import build_rollout, build_text, build_transformer, noise
 from vidkv.cache import KVCache
 from vidkv.errors import InputError
 from vidkv.models.wan import CausalWanTransformer3DModel, TextContext
-from vidkv.rollout import Rollout, Switch
+from vidkv.prompts import Switch
+from vidkv.rollout import Rollout
 from vidkv.schedule import FlowSchedule
 
 SPEC = "fp32,window=9,sink=2"

@@ -34,8 +34,8 @@ from vidkv.models.vae_decoders import streaming_decoder
 from vidkv.models.vae_tiles import Tiling
 from vidkv.models.wan import CausalWanTransformer3DModel, TextContext
 from vidkv.noise import StockNoise
-from vidkv.prompts import PromptLike, PromptSchedule
-from vidkv.rollout import Chunk, EditStep, OnStep, Rollout, Switch
+from vidkv.prompts import PromptLike, PromptSchedule, Switch
+from vidkv.rollout import Chunk, EditStep, OnStep, Rollout
 from vidkv.schedule import FlowSchedule
 from vidkv.stream import VideoStream, awaken, chunks_for, latents_before
 

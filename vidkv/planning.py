@@ -62,14 +62,18 @@ class Plan:
     need_bytes: int
 
     @property
+    def first_chunk_frames(self) -> int | None:
+        """Latent frames of the first chunk where it differs."""
+        return _first_chunk_frames(self.request, self.entry)
+
+    @property
     def chunks(self) -> int:
-        first = _first_chunk_frames(self.request, self.entry)
-        return chunks_for(self.frames, self.entry.chunk_frames, first=first)
+        return chunks_for(self.frames, self.entry.chunk_frames, first=self.first_chunk_frames)
 
     def frames_before(self, chunk: int) -> int:
         """Pixel frames of the video before a chunk."""
-        first = _first_chunk_frames(self.request, self.entry)
-        return min(self.frames, pixel_frames(latents_before(chunk, self.entry.chunk_frames, first)))
+        before = latents_before(chunk, self.entry.chunk_frames, self.first_chunk_frames)
+        return min(self.frames, pixel_frames(before))
 
     @property
     def size(self) -> tuple[int, int]:
@@ -107,6 +111,8 @@ class Plan:
             "tile": settings.tile,
             "compiled": settings.compiled,
         }
+        if self.schedule.switches:
+            work["switches"] = self.schedule.switches
         return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -142,6 +148,7 @@ class Plan:
             "vidkv": vidkv.__version__,
             "model": request.model,
             "prompts": "; ".join(f"{second:g}: {text}" for second, text in self.schedule.entries),
+            "request": request.model_dump_json(exclude_unset=True, exclude={"image", "video", "out"}),
             "seed": str(request.seed),
             "cache": str(self.spec),
             "size": f"{width}x{height}",
@@ -237,7 +244,7 @@ def open_stream(plan: Plan, pipe: CausalVideoPipeline, **options: Any) -> VideoS
     if request.video:
         start = {"video": video_end(request.video, 4 * plan.spec.window, height, width)}
     return pipe.stream(
-        list(plan.schedule.entries), height, width, num_frames=plan.frames, seed=request.seed,
+        plan.schedule.timed, height, width, num_frames=plan.frames, seed=request.seed,
         num_inference_steps=request.steps, cache=plan.spec, guidance_scale=request.guidance,
         negative_prompt=request.negative, prompt_switch=request.switch, noise=request.noise,
         **start, **options,

@@ -6,7 +6,7 @@ import difflib
 import json
 import reprlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -15,13 +15,17 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
     field_validator,
 )
 
 from vidkv.cache import CacheSpec
 from vidkv.errors import InputError
+from vidkv.prompts import PromptSchedule, Switch
+from vidkv.prompts import TimedPrompt as TimedPrompts
 
 ID_PATTERN = r"[A-Za-z0-9._-]{1,80}"
 MAX_PROMPT_CHARACTERS = 10_000
@@ -29,8 +33,11 @@ MAX_SCHEDULE = 1_000
 MAX_PATH_BYTES = 4_096
 
 
+_ENTRY = {"second", "prompt", "switch"}
+
+
 def _timed_prompts(value: Any) -> Any:
-    """`5: a red circle; 10: a blue one`, or the same as JSON, or a list of {second, prompt}."""
+    """`5: a red circle; 10: a blue one`, or the same as JSON, or a list of {second, prompt, switch}."""
     if isinstance(value, str):
         text = value.strip()
         if text.startswith("["):
@@ -38,8 +45,8 @@ def _timed_prompts(value: Any) -> Any:
         return [_timed_prompt(part) for part in text.split(";") if part.strip()]
     if isinstance(value, list | tuple):
         return [
-            (entry["second"], entry["prompt"])
-            if isinstance(entry, Mapping) and set(entry) == {"second", "prompt"}
+            tuple(entry[name] for name in ("second", "prompt", "switch") if name in entry)
+            if isinstance(entry, Mapping) and {"second", "prompt"} <= set(entry) <= _ENTRY
             else entry
             for entry in value[: MAX_SCHEDULE + 1]
         ]
@@ -89,7 +96,12 @@ def _described(text: str) -> str:
 
 Second = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_number)]
 Prompt = Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS), AfterValidator(_described)]
-TimedPrompt = tuple[Second, Prompt]
+TIMED, SWITCHED = "timed", "switched"
+TimedPrompt = Annotated[
+    Annotated[tuple[Second, Prompt], Tag(TIMED)]
+    | Annotated[tuple[Second, Prompt, Switch | None], Tag(SWITCHED)],
+    Discriminator(lambda entry: SWITCHED if isinstance(entry, list | tuple) and len(entry) > 2 else TIMED),
+]
 
 
 class ScheduledPrompt(BaseModel):
@@ -99,6 +111,7 @@ class ScheduledPrompt(BaseModel):
 
     second: Second
     prompt: Prompt
+    switch: Switch | None = None
 
 
 Schedule = Annotated[
@@ -128,8 +141,8 @@ class VideoRequest(BaseModel):
     prompt: Prompt = Field(description="What to show from the start.")
     schedule: Schedule = Field(
         default=(),
-        description="Prompts that take over later, as [second, prompt]; or a text: "
-        "'5: a red circle; 10: a blue one'.",
+        description="Prompts that take over later, as [second, prompt] or [second, prompt, switch]; "
+        "or a text: '5: a red circle; 10: a blue one'.",
     )
     seed: int = Field(default=0, ge=0, lt=2**64, description="Same seed, same video.")
     seconds: float = Field(default=10.0, gt=0, allow_inf_nan=False, description="Length of the video.")
@@ -162,7 +175,7 @@ class VideoRequest(BaseModel):
     negative: str | None = Field(
         default=None, max_length=MAX_PROMPT_CHARACTERS, description="What guidance leads away from."
     )
-    switch: Literal["keep", "recache", "flush", "lerp"] | None = Field(
+    switch: Switch | None = Field(
         default=None, description="What becomes of the history when the prompt changes."
     )
     noise: Literal["counter", "stock"] = Field(
@@ -210,9 +223,20 @@ class VideoRequest(BaseModel):
         return value
 
     @property
-    def prompts(self) -> tuple[tuple[float, str], ...]:
-        """(second, prompt), the first at 0."""
+    def prompts(self) -> tuple[TimedPrompts, ...]:
+        """(second, prompt) or (second, prompt, switch), the first at 0."""
         return ((0.0, self.prompt), *self.schedule)
+
+    def steered(self, entries: Iterable[tuple[float, str, Switch | None]]) -> VideoRequest:
+        """The request that would have given what steering has made of it, see `PromptSchedule.steered`."""
+        schedule = PromptSchedule.of(self.prompts)
+        for entry in entries:
+            schedule = schedule.steered(*entry)
+        return self.scheduled(schedule.timed)
+
+    def scheduled(self, timed: Sequence[TimedPrompts]) -> VideoRequest:
+        """With other prompts: (second, prompt) or (second, prompt, switch), the first at 0."""
+        return self.model_copy(update={"prompt": timed[0][1], "schedule": tuple(timed[1:])})
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> VideoRequest:
@@ -293,7 +317,8 @@ _REASONS = {
 
 
 def _fault(fault: dict[str, Any], model: type[BaseModel]) -> tuple[str, str]:
-    kind, place = fault["type"], [str(part) for part in fault["loc"]] or ["request"]
+    kind = fault["type"]
+    place = [str(part) for part in fault["loc"] if part not in (TIMED, SWITCHED)] or ["request"]
     field, name, value = place[0], ".".join(map(_named, place)), shown(fault["input"])
     if kind in ("extra_forbidden", "invalid_key"):
         return field, f"{name}={value} is not known; {nearest_field(field, model)}"

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral
 from types import TracebackType
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from vidkv.graphs import RecordedPasses
 from vidkv.models.vae import pixel_frames
 from vidkv.models.wan import CausalWanTransformer3DModel, TextContext
 from vidkv.noise import CounterNoise, NoiseSource
-from vidkv.prompts import PromptTransition
+from vidkv.prompts import PromptTransition, Switch
 from vidkv.read_path import ReadPath
 from vidkv.schedule import FlowSchedule, Solver
 
@@ -80,9 +80,6 @@ EditStep = Callable[[int, int, Tensor], Tensor]
 
 CACHES = ("cache", "negative_cache")
 """What a rollout's caches are called in its state."""
-
-Switch = Literal["keep", "recache", "flush", "lerp"]
-"""What becomes of the history when the prompt changes, see `Rollout.switch`."""
 
 
 class Rollout:

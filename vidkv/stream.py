@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor
 
 from vidkv.decoding import LaterFrames
+from vidkv.models.registry import canonical_prompt
 from vidkv.models.vae import pixel_frames
-from vidkv.prompts import PromptSchedule
-from vidkv.rollout import Chunk, EditStep, OnStep, Rollout, Switch
+from vidkv.prompts import PromptSchedule, Switch
+from vidkv.rollout import Chunk, EditStep, OnStep, Rollout
 
 if TYPE_CHECKING:
     from vidkv.pipeline import CausalVideoPipeline
@@ -80,6 +81,30 @@ class VideoStream(Iterator[Chunk]):
             return None
         rollout = self.rollout
         return chunks_for(self.num_frames, rollout.chunk_frames, first=rollout.first_chunk_frames)
+
+    @property
+    def next_second(self) -> float:
+        """Where in the video the next chunk begins."""
+        return pixel_frames(self.rollout.next_frame) / self.pipe.fps
+
+    def steer(self, prompt: str, switch: Switch | None = None) -> float:
+        """Change the prompt from the next chunk on, as a schedule could have said from the beginning.
+
+        A later prompt of the schedule takes over at its time all the same.
+
+        Args:
+            switch: what becomes of the history; by default the video's own way.
+
+        Returns:
+            The second at which it takes over.
+
+        Raises:
+            PromptError: the model does not understand it; nothing has changed.
+        """
+        second = self.next_second
+        canonical = canonical_prompt(self.pipe.config.prompt_grammar)
+        self.prompts = [s.steered(second, prompt, switch, canonical) for s in self.prompts]
+        return second
 
     def restore(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
         """Go on from a `Rollout.state` of this very video, before the first chunk is taken.
@@ -168,10 +193,11 @@ class VideoStream(Iterator[Chunk]):
 
     def _prompt(self) -> None:
         """Change the prompts of the next chunk where the schedule says so."""
-        second = pixel_frames(self.rollout.next_frame) / self.pipe.fps
+        second = self.next_second
         wanted = [schedule.at(second) for schedule in self.prompts]
         if wanted and wanted != self._texts:
-            way = (self.switch or self.pipe.entry.prompt_switch) if self._texts else "keep"
+            own = next((s.switch_at(second) for s in self.prompts if s.switch_at(second)), None)
+            way = (own or self.switch or self.pipe.entry.prompt_switch) if self._texts else "keep"
             self.pipe.set_prompt(self.rollout, wanted, self.negative_prompt, cast(Switch, way))
             self._texts = wanted
 

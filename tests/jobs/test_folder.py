@@ -87,10 +87,10 @@ class TestResult:
 
     def test_reopening_forgets_it_and_the_wish_to_cancel(self, folder: JobFolder) -> None:
         folder.end({"state": "cancelled"})
-        folder.ask_to_cancel()
-        assert folder.cancelled
+        folder.mark("cancel")
+        assert folder.marked("cancel")
         folder.reopen()
-        assert folder.result() is None and not folder.cancelled
+        assert folder.result() is None and not folder.marked("cancel")
         folder.reopen()
 
 
@@ -137,7 +137,11 @@ def test_disk_errors_are_one_line(folder: JobFolder, monkeypatch: pytest.MonkeyP
     folder.end({"state": "done"})
     for call in ("touch", "unlink", "mkdir"):
         monkeypatch.setattr(Path, call, refused)
-    acts: list[Callable[[], None]] = [folder.ask_to_cancel, folder.reopen, lambda: folder.create(JOB)]
+    acts: list[Callable[[], None]] = [
+        lambda: folder.mark("cancel"),
+        folder.reopen,
+        lambda: folder.create(JOB),
+    ]
     for act in acts:
         with pytest.raises(OutputError, match=os.strerror(number)):
             act()

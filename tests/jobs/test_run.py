@@ -312,7 +312,7 @@ class TestStopped:
 
         def report(progress: Progress) -> None:
             if progress.chunk == 2:
-                folder.ask_to_cancel()
+                folder.mark("cancel")
 
         with pytest.raises(Cancelled):
             bench.run(folder, report=report)

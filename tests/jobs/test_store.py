@@ -221,8 +221,8 @@ class TestStates:
     def test_cancel_of_one_that_runs_is_for_its_worker_to_see(self, store: JobStore) -> None:
         submit(store)
         job, _ = run(store)
-        assert not store.folder(job).cancelled
-        assert store.cancel("a").state is State.RUNNING and store.folder(job).cancelled
+        assert not store.folder(job).marked("cancel")
+        assert store.cancel("a").state is State.RUNNING and store.folder(job).marked("cancel")
 
     def test_cancelled_while_it_ran_and_put_back_is_cancelled(self, store: JobStore) -> None:
         submit(store)
@@ -809,6 +809,7 @@ class Machine(RuleBasedStateMachine):
         self.running: dict[str, tuple[Job, Claim]] = {}
         self.crashes: dict[str, int] = {}
         self.done: set[str] = set()
+        self.pausing: set[str] = set()
 
     def teardown(self) -> None:
         if hasattr(self, "store"):
@@ -821,6 +822,7 @@ class Machine(RuleBasedStateMachine):
         submit(self.store, id, again=again)
         if state == "new" or (again and state in ("failed", "cancelled")):
             self.states[id], self.crashes[id] = "queued", 0
+            self.pausing.discard(id)
 
     @rule(id=ids)
     def retry(self, id: str) -> None:
@@ -828,13 +830,42 @@ class Machine(RuleBasedStateMachine):
             self.store.retry(id)
         if self.states.get(id) in ("failed", "cancelled"):
             self.states[id], self.crashes[id] = "queued", 0
+            self.pausing.discard(id)
 
     @rule(id=ids)
     def cancel(self, id: str) -> None:
         if id in self.states:
             self.store.cancel(id)
-            if self.states[id] == "queued":
+            if self.states[id] in ("queued", "paused"):
                 self.states[id] = "cancelled"
+
+    @rule(id=ids)
+    def pause(self, id: str) -> None:
+        if id in self.states:
+            self.store.pause(id)
+            if self.states[id] in ("queued", "running"):
+                self.pausing.add(id)
+            if self.states[id] == "queued":
+                self.states[id] = "paused"
+
+    @rule(id=ids)
+    def resume(self, id: str) -> None:
+        if id in self.states:
+            self.store.resume(id)
+            if self.states[id] in ("paused", "running"):
+                self.pausing.discard(id)
+            if self.states[id] == "paused":
+                self.states[id] = "queued"
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def hold(self, data: st.DataObject) -> None:
+        """Its worker saw the mark, which may have been taken back since."""
+        id = data.draw(st.sampled_from(sorted(self.running)))
+        job, claim = self.running.pop(id)
+        self.store.hold(job)
+        claim.release()
+        self.states[id] = "paused" if id in self.pausing else "queued"
 
     @rule(id=ids)
     def delete(self, id: str) -> None:
@@ -873,10 +904,11 @@ class Machine(RuleBasedStateMachine):
     def put_back(self, data: st.DataObject) -> None:
         id = data.draw(st.sampled_from(sorted(self.running)))
         job, claim = self.running.pop(id)
-        cancelled = self.store.folder(job).cancelled
+        cancelled = self.store.folder(job).marked("cancel")
         self.store.put_back(job)
         claim.release()
-        self.states[id] = "cancelled" if cancelled else "queued"
+        waiting = "paused" if id in self.pausing else "queued"
+        self.states[id] = "cancelled" if cancelled else waiting
 
     @precondition(lambda self: self.running)
     @rule(data=st.data(), written=st.booleans())
@@ -894,7 +926,8 @@ class Machine(RuleBasedStateMachine):
             self.done.add(id)
             return
         self.crashes[id] += 1
-        self.states[id] = "queued" if self.crashes[id] < MAX_CRASHES else "failed"
+        waiting = "paused" if id in self.pausing else "queued"
+        self.states[id] = waiting if self.crashes[id] < MAX_CRASHES else "failed"
         self.crashes[id] %= MAX_CRASHES
 
     @rule(lose=st.booleans())

@@ -6,6 +6,7 @@ others. Beside them it holds what does change: the decoder's memory, the window'
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -152,6 +153,19 @@ class Checkpoints:
             self._note(path.name)
             return chunk
         return 0
+
+    def newest_files(self, most: int) -> list[Path]:
+        """All files of the newest checkpoint of at most this chunk, itself last; none if there is none.
+
+        Raises:
+            FileNotFoundError: it has just been dropped.
+        """
+        for chunk, path in self._commits():
+            if chunk <= most:
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    commit = json.loads(path.read_text())
+                    return [*(self.folder / name for name in commit["sha256"]), path]
+        return []
 
     def oldest(self) -> int:
         """The chunk of the oldest checkpoint that is kept; 0 if there is none."""

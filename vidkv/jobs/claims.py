@@ -123,6 +123,10 @@ class Claims:
                 self._seen.pop(key, None)
         return claim
 
+    def newest(self, folder: Path) -> int:
+        """Number of the last claim on a folder; 0 if there was none."""
+        return _newest(folder)
+
     def held(self, folder: Path) -> bool:
         """Whether a live process has a folder, as far as can be seen by now."""
         newest = _newest(folder)

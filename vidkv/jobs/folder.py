@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
 from vidkv.errors import InputError, OutputError, StateError
 from vidkv.files import reason, write_json
+from vidkv.prompts import Switch
 from vidkv.request import EngineSettings, VideoRequest, first_fault
 
 ENDS = ("done", "failed", "cancelled")
@@ -22,7 +25,11 @@ _JOB: dict[str, tuple[type, ...]] = {
     "id": (str,), "key": (str,), "number": (int,), "out": (str,), "request": (dict,), "settings": (dict,),
     "chunks": (int,), "submitted": (int, float),
 }  # fmt: skip
-"""What `job.json` holds."""
+"""What `job.json` holds; beside it `keep` and `parent`, see `store.Job`."""
+Mark = Literal["cancel", "stop", "pause"]
+"""What somebody wants of whoever works on a job: to give up, to end with what there is, to wait."""
+Steer = tuple[float, str, Switch | None]
+"""(second, prompt, switch) from which it holds."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +37,14 @@ class JobFolder:
     """Paths and small files of one job.
 
     ID-KEY/job.json          what to make; written once
-           cancel            somebody wants it to stop
+           cancel stop pause what somebody wants, see `Mark`
+           steering/         prompts that are to take over with the next chunk
+           steered.json      prompts that have taken over so, and when
            claims/           who works on it, see `claims`
            segments/         finished chunks as video
            records/          finished chunks as latents, see `records`
            checkpoints/      cache and decoder now and then, see `checkpoints`
+           log.jsonl         a line for every finished chunk, for those who watch
            result.json       how it ended
     """
 
@@ -57,9 +67,98 @@ class JobFolder:
         return self.path / f"making-{fence:06d}.mp4"
 
     @property
-    def cancelled(self) -> bool:
-        """Whether somebody wants it to stop."""
-        return (self.path / "cancel").exists()
+    def log(self) -> Path:
+        return self.path / "log.jsonl"
+
+    def marked(self, mark: Mark) -> bool:
+        """Whether somebody wants this."""
+        return (self.path / mark).exists()
+
+    def mark(self, mark: Mark) -> None:
+        """Say that this is wanted.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        with self._writing():
+            (self.path / mark).touch()
+
+    def unmark(self, *marks: Mark) -> None:
+        """Say that these are not wanted any more.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        with self._writing():
+            for mark in marks:
+                (self.path / mark).unlink(missing_ok=True)
+
+    def ask_for_prompt(self, prompt: str, switch: Switch | None) -> None:
+        """Say that another prompt is to take over with the next chunk.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        with self._writing():
+            folder = self.path / "steering"
+            folder.mkdir(exist_ok=True)
+            name = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.json"
+            write_json(folder / name, {"prompt": prompt, "switch": switch})
+
+    def wanted_prompts(self) -> list[tuple[str, str, Switch | None]]:
+        """(name, prompt, switch) of prompts that wait to take over, in the order they were asked for."""
+        taken = set((self._read("steered.json") or {}).get("taken", ()))
+        found = list[tuple[str, str, Switch | None]]()
+        with contextlib.suppress(FileNotFoundError):
+            for path in sorted((self.path / "steering").glob("[0-9]*.json")):
+                asked = self._read(f"steering/{path.name}")
+                if asked and path.name not in taken:
+                    found.append((path.name, asked["prompt"], asked["switch"]))
+        return found
+
+    def steer(self, entries: Sequence[Steer], taken: Sequence[str]) -> None:
+        """Prompts have taken over: noted before the first frame under them is made.
+
+        Args:
+            entries: all of this video so far.
+            taken: names of `wanted_prompts` that are among them, or cannot be.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        with self._writing():
+            write_json(self.path / "steered.json", {"entries": entries, "taken": taken})
+            for name in taken:
+                (self.path / "steering" / name).unlink(missing_ok=True)
+
+    def steered(self) -> list[Steer]:
+        """What `steer` has noted."""
+        found = (self._read("steered.json") or {}).get("entries", ())
+        return [(second, prompt, switch) for second, prompt, switch in found]
+
+    def note(self, line: Mapping[str, Any]) -> None:
+        """Add to the log; a view for people, so a disk that is full is no reason to stop."""
+        with contextlib.suppress(OSError), self.log.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def read_log(self, after: int = 0, most_bytes: int = 2**20) -> tuple[list[dict[str, Any]], int]:
+        """Lines from a place on, and the place after them.
+
+        A chunk that was made again has a line again.
+        """
+        entries = list[dict[str, Any]]()
+        try:
+            with self.log.open("rb") as file:
+                file.seek(after)
+                data = file.read(most_bytes)
+        except (FileNotFoundError, ValueError):
+            return [], 0
+        whole = data[: data.rfind(b"\n") + 1]
+        for line in whole.splitlines():
+            # a worker may have been killed in the middle of one
+            with contextlib.suppress(ValueError):
+                entries.append(json.loads(line))
+        return entries, after + len(whole)
 
     def create(self, job: dict[str, Any]) -> None:
         """Make the folder with its `job.json`; what is there already stays.
@@ -120,21 +219,16 @@ class JobFolder:
             OutputError: the folder cannot be written.
         """
         with self._writing():
-            for name in ("result.json", "cancel"):
-                (self.path / name).unlink(missing_ok=True)
+            (self.path / "result.json").unlink(missing_ok=True)
+        self.unmark("cancel", "stop", "pause")
 
-    def ask_to_cancel(self) -> None:
-        """Say that it is to stop.
+    def clear(self, keep: bool = False) -> None:
+        """Drop what only an unfinished video needs.
 
-        Raises:
-            OutputError: the folder cannot be written.
+        Args:
+            keep: what it can be extended and branched from stays.
         """
-        with self._writing():
-            (self.path / "cancel").touch()
-
-    def clear(self) -> None:
-        """Drop what only an unfinished video needs."""
-        for folder in (self.segments, self.records, self.checkpoints):
+        for folder in () if keep else (self.segments, self.records, self.checkpoints):
             shutil.rmtree(folder, ignore_errors=True)
         # of workers that were killed while they wrote
         for path in [*self.path.glob("making-*.mp4"), *self.path.glob(".*.tmp")]:

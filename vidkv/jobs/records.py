@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,10 @@ class Records:
     def chunks(self) -> int:
         """One more than the last chunk that has a record."""
         return max(self._files, default=-1) + 1
+
+    def paths(self, chunks: Iterable[int]) -> list[Path]:
+        """The files of these chunks, of those that have one."""
+        return [self._files[chunk][1] for chunk in chunks if chunk in self._files]
 
     def __contains__(self, chunk: int) -> bool:
         return chunk in self._files

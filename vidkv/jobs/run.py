@@ -6,7 +6,7 @@ import contextlib
 import errno
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -14,16 +14,25 @@ import psutil
 import torch
 
 from vidkv.drift import blank, drift, look
-from vidkv.errors import Cancelled, NumericsError, OutputError, ResourceError, StateError, VidkvError
+from vidkv.errors import (
+    Cancelled,
+    NumericsError,
+    OutputError,
+    PromptError,
+    ResourceError,
+    StateError,
+    VidkvError,
+)
 from vidkv.files import file_sha256, publish, reason
 from vidkv.jobs.checkpoints import Checkpoints, Interval
 from vidkv.jobs.claims import Claim
-from vidkv.jobs.folder import JobFolder
+from vidkv.jobs.folder import JobFolder, Steer
 from vidkv.jobs.records import Head, Records, digest
 from vidkv.loading import find_model
+from vidkv.models.vae import pixel_frames
 from vidkv.pipeline import CausalVideoPipeline
 from vidkv.planning import Plan, load_pipeline, naming_shortage, open_stream, plan
-from vidkv.request import EngineSettings
+from vidkv.request import EngineSettings, VideoRequest
 from vidkv.rollout import Chunk
 from vidkv.segments import SegmentWriter, partial_video, read_metadata, write_video
 from vidkv.stream import ChunkRecord, VideoStream
@@ -43,6 +52,7 @@ class Progress:
         kv_bytes, held_bytes, rss_bytes: of the cache, of all that the rollout keeps, and of the process.
         drift: luma, saturation and contrast against the first chunk, in percent.
         blank: the picture has become one colour.
+        steered: prompts that were steered in so far, see `folder.Steer`.
     """
 
     chunk: int
@@ -55,6 +65,7 @@ class Progress:
     rss_bytes: int
     drift: dict[str, float]
     blank: bool
+    steered: tuple[Steer, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,6 +86,14 @@ class Options:
 
 class Interrupted(Cancelled):
     """This process is to stop; the job goes on later."""
+
+
+class Paused(Cancelled):
+    """The job is to wait until somebody says that it shall go on."""
+
+
+class _EnoughMade(Cancelled):
+    """The video is to end with the chunks that there are."""
 
 
 class Runner:
@@ -106,7 +125,8 @@ class Runner:
 
         Raises:
             Interrupted: `stopping`; what is finished stays and is a partial video.
-            Cancelled: by the job's `cancel` file; likewise.
+            Paused: by the job's `pause` mark, between two chunks; likewise, without a partial video.
+            Cancelled: by its `cancel` mark, or by `stop` before a chunk was finished; as `Interrupted`.
             Fenced: another process has the job by now.
             VidkvError: what is wrong, likewise.
         """
@@ -119,7 +139,10 @@ class Runner:
                 f"job {planned.id} was submitted as {folder.job()['key'][:9]} and is {planned.key[:9]} now: "
                 "model, precision or a file it starts from has changed; submit it under another id"
             )
-        work = _Work(folder, claim, planned, out, self)
+        key, steered = planned.key, folder.steered()
+        if steered:
+            planned = plan(request.steered(steered), settings)
+        work = _Work(folder, claim, planned, out, self, key, steered)
         if work.finished():
             work.resumed_at = work.committed
         else:
@@ -127,6 +150,17 @@ class Runner:
             claim.check()
             work.roll(pipe, report)
         return work.publish() | {"wall_s": round(time.perf_counter() - begun, 3)}
+
+    def warm_up(self, request: VideoRequest, settings: EngineSettings) -> None:
+        """Load the networks of a request and make its first chunk, so that the first job need not wait."""
+        # what is wrong with it is for a job to say
+        with contextlib.suppress(VidkvError, RuntimeError):
+            planned = plan(request, settings)
+            stream = open_stream(planned, self.pipeline(planned))
+            try:
+                next(stream, None)
+            finally:
+                stream.close()
 
     def has_loaded(self, model: str, settings: Mapping[str, Any]) -> bool:
         """Whether a job of this model and these settings needs nothing new."""
@@ -150,20 +184,35 @@ class Runner:
 
 
 class _Work:
-    """A job while it is run."""
+    """A job while it is run.
 
-    def __init__(self, folder: JobFolder, claim: Claim, planned: Plan, out: Path, runner: Runner) -> None:
-        self.folder, self.claim, self.plan, self.out = folder, claim, planned, out
+    Args:
+        planned: with what was steered in.
+        key: of the job as it was submitted.
+        steered: see `JobFolder.steered`.
+    """
+
+    def __init__(
+        self, folder: JobFolder, claim: Claim, planned: Plan, out: Path, runner: Runner, key: str,
+        steered: list[Steer],
+    ) -> None:  # fmt: skip
+        self.folder, self.claim, self.plan, self.out, self.key = folder, claim, planned, out, key
+        self.steered = steered
         self.options, self.stopping = runner.options, runner.stopping
-        self.records = Records(folder.records, claim.fence)
+        job = folder.job()
+        self.keep = bool(job.get("keep"))
+        # files that were taken over bear the numbers of claims on the other job
+        fence = claim.fence + int((job.get("parent") or {}).get("fence", 0))
+        self.records = Records(folder.records, fence)
         try:
-            self.writer = SegmentWriter(folder.segments, planned.entry.fps, *planned.size, fence=claim.fence)
+            self.writer = SegmentWriter(folder.segments, planned.entry.fps, *planned.size, fence=fence)
         except OSError as error:
             raise OutputError(f"cannot use {folder.path}: {reason(error)}; check its rights") from error
-        self.checkpoints = Checkpoints(folder.checkpoints, claim.fence, self.options.interval)
+        self.checkpoints = Checkpoints(folder.checkpoints, fence, self.options.interval)
         self.resumed_at: int | None = None
         self.note: str | None = None
         self.digest, self.first_look = "", dict[str, float]()
+        self._resident: set[int] = set()
 
     @property
     def committed(self) -> int:
@@ -171,8 +220,13 @@ class _Work:
         return min(len(self.writer.paths()), self.records.chunks)
 
     def finished(self) -> bool:
-        """Whether all chunks are there."""
-        return self._whole_segments() >= self.plan.chunks
+        """Whether all chunks are there, or as many as are wanted."""
+        whole = self._whole_segments()
+        if whole and self.folder.marked("stop"):
+            self.records.drop_from(whole)
+            self.writer.drop_from(whole)
+            return True
+        return whole >= self.plan.chunks
 
     def roll(self, pipe: CausalVideoPipeline, report: Callable[[Progress], None]) -> None:
         """Make the chunks that are missing."""
@@ -181,23 +235,34 @@ class _Work:
         started, made = time.perf_counter(), 0
         try:
             with naming_shortage(self.plan):
-                for chunk in stream:
+                while (chunk := self._next(stream)) is not None:
+                    evicted = self._evicted(chunk, stream)
                     if chunk.index >= self.committed:
                         seen = self._commit(chunk, stream)
                         if not made:
                             # the first one pays for what is loaded lazily
                             started = time.perf_counter()
                         made += 1
-                        report(self._progress(chunk, stream, seen, made, started, process))
+                        progress = self._progress(chunk, stream, seen, made, started, process)
+                        self._log(chunk, stream, progress, evicted)
+                        report(progress)
                     if self.options.resume == "exact":
                         self.checkpoints.consider(stream.rollout)
                     self._prune(stream)
                     self._check(chunk.index, -1)
+                    self._pause(stream)
+            self._keep_state(stream)
+        except _EnoughMade:
+            if not self.committed:
+                raise Cancelled("the job was stopped before its first chunk was finished") from None
+            self._keep_state(stream)
+        except Paused:
+            raise
         except Cancelled:
-            self.keeppartial_video("stopped")
+            self.keep_partial("stopped")
             raise
         except (VidkvError, RuntimeError) as error:
-            self.keeppartial_video(str(error))
+            self.keep_partial(str(error))
             raise
         finally:
             stream.close()
@@ -205,11 +270,15 @@ class _Work:
     def publish(self) -> dict[str, Any]:
         """Join the segments under the final name; what stands there from an earlier attempt is taken."""
         self.claim.check()
-        metadata = self.plan.metadata() | {"job": self.plan.key}
+        chunks = self.committed
+        head = self.records.head(chunks - 1)
+        metadata = self.plan.metadata() | {"job": self.key}
         if self.note:
             metadata["resumed"] = self.note
-        head = self.records.head(self.plan.chunks - 1)
-        if not _is_ours(self.out, self.plan.key):
+        early = chunks < self.plan.chunks
+        if early:
+            metadata["seconds"] = f"{head.frames / self.plan.entry.fps:g}"
+        if not _is_ours(self.out, self.key):
             if self.out.exists():
                 raise OutputError(
                     f"{self.out} is another video; move it away or give the job another id, then run again"
@@ -219,25 +288,26 @@ class _Work:
             except OSError as error:
                 raise OutputError(f"cannot create {self.out.parent}: {reason(error)}") from error
             self._join(self.out, metadata)
-        if _is_ours(partial_video(self.out), self.plan.key):
+        if _is_ours(partial_video(self.out), self.key):
             partial_video(self.out).unlink(missing_ok=True)
         return {
             "state": "done",
             "out": str(self.out),
             "frames": head.frames,
-            "chunks": self.plan.chunks,
+            "chunks": chunks,
+            "ended_early": early,
             "latents_sha256": head.digest,
             "size_bytes": self.out.stat().st_size,
             "resumed_at": self.resumed_at,
             "note": self.note,
         }
 
-    def keeppartial_video(self, why: str) -> None:
+    def keep_partial(self, why: str) -> None:
         """Leave what there is as a playable file beside the final name."""
         paths = self.writer.paths()
         if not paths or not self.options.partial:
             return
-        metadata = self.plan.metadata() | {"job": self.plan.key, "partial": "true", "stopped": why[:500]}
+        metadata = self.plan.metadata() | {"job": self.key, "partial": "true", "stopped": why[:500]}
         # the segments stay, so a file that cannot be written costs nothing
         with contextlib.suppress(VidkvError, OSError):
             self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -342,8 +412,77 @@ class _Work:
         self.records.add(chunk.index, chunk.latents, stream.rollout, head)
         return seen
 
+    def _next(self, stream: VideoStream) -> Chunk | None:
+        """The next chunk, under the prompt that somebody may have asked for meanwhile."""
+        made, chunks = stream.rollout.chunk, stream.chunks
+        if made >= self.committed and (chunks is None or made < chunks):
+            wanted = self.folder.wanted_prompts()
+            fresh = list[Steer]()
+            for _, prompt, switch in wanted:
+                # the model may have been replaced by one that does not understand it; the video goes on
+                with contextlib.suppress(PromptError):
+                    fresh.append((stream.steer(prompt, switch), prompt, switch))
+            if wanted:
+                self.steered += fresh
+                self.folder.steer(self.steered, [name for name, _, _ in wanted])
+                request = self.plan.request.steered(fresh)
+                self.plan = replace(self.plan, request=request, schedule=stream.prompts[0])
+        return next(stream, None)
+
+    def _pause(self, stream: VideoStream) -> None:
+        """Between two chunks: is this to wait?"""
+        if self.folder.marked("pause") and stream.rollout.chunk >= self.committed:
+            self._keep_state(stream, always=True)
+            raise Paused("the job was paused")
+
+    def _keep_state(self, stream: VideoStream, always: bool = False) -> None:
+        """A checkpoint of where this stands, if the job is to go on from there one day."""
+        wanted = (always or self.keep) and self.options.resume == "exact"
+        if wanted and stream.rollout.chunk == self.committed and not stream.rollout.in_transition:
+            # without it going on takes longer, that is all
+            with contextlib.suppress(OutputError):
+                self.checkpoints.save(stream.rollout)
+
+    def _evicted(self, chunk: Chunk, stream: VideoStream) -> list[int]:
+        """Latent frames that left the cache with this chunk."""
+        rollout = stream.rollout
+        before = self._resident | set(range(chunk.start_frame, rollout.next_frame))
+        self._resident = set(rollout.cache.layout.resident)
+        return sorted(before - self._resident)
+
+    def _log(self, chunk: Chunk, stream: VideoStream, progress: Progress, evicted: list[int]) -> None:
+        """A line for those who watch."""
+        stats, layout = chunk.stats, stream.rollout.cache.layout
+        second = pixel_frames(chunk.start_frame) / self.plan.entry.fps
+        self.folder.note(
+            {
+                "chunk": chunk.index,
+                "frames": progress.frames,
+                "second": second,
+                "at": round(time.time(), 3),
+                "fps": progress.fps,
+                "denoise_s": round(stats.denoise_s, 4),
+                "commit_s": round(stats.commit_s, 4),
+                "decode_s": round(stats.decode_s, 4),
+                "kv_bytes": progress.kv_bytes,
+                "held_bytes": progress.held_bytes,
+                "rss_bytes": progress.rss_bytes,
+                "bytes_per_frame": stats.bytes_per_frame,
+                "resident": list(layout.resident),
+                "sinks": list(layout.sinks),
+                "evicted": evicted,
+                "format": stream.rollout.cache.spec.format,
+                "policy": stream.rollout.cache.spec.policy,
+                "drift": progress.drift,
+                "blank": progress.blank,
+                "prompt": stream.prompts[0].at(second),
+            }
+        )
+
     def _prune(self, stream: VideoStream) -> None:
         """Drop records that no way of going on needs."""
+        if self.keep:
+            return
         chunk = stream.rollout.chunk
         since = chunk if self.options.resume == "light" else min(chunk, self.checkpoints.oldest())
         self.records.keep(stream.rollout.chunks_kept(chunk), since)
@@ -365,15 +504,17 @@ class _Work:
         return Progress(
             chunk.index + 1, self.plan.chunks, self.writer.frames, round(fps, 2), round(left * per_chunk, 1),
             chunk.stats.kv_bytes, stream.rollout.held_bytes, process.memory_info().rss,
-            drift(self.first_look, seen), blank(seen) and not blank(self.first_look),
+            drift(self.first_look, seen), blank(seen) and not blank(self.first_look), tuple(self.steered),
         )  # fmt: skip
 
     def _check(self, chunk: int, step: int) -> None:
         """Between denoising steps: is this to stop?"""
         if self.stopping():
             raise Interrupted("this process was told to stop")
-        if self.folder.cancelled:
+        if self.folder.marked("cancel"):
             raise Cancelled("the job was cancelled")
+        if self.folder.marked("stop"):
+            raise _EnoughMade("there is to be no more of it")
 
 
 def permanent(error: BaseException) -> bool:

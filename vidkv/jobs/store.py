@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
+import re
 import sqlite3
 import threading
 import time
@@ -17,10 +19,12 @@ from typing import Any
 
 from vidkv.errors import InputError, OutputError, StateError, VidkvError
 from vidkv.files import reason
+from vidkv.jobs.branch import Branch, plan_branch, take_over
 from vidkv.jobs.claims import Claim, Claims
 from vidkv.jobs.folder import JobFolder
 from vidkv.jobs.run import Progress
 from vidkv.planning import Plan, plan
+from vidkv.prompts import Switch
 from vidkv.request import EngineSettings, VideoRequest, below
 from vidkv.segments import partial_video, read_metadata
 
@@ -39,14 +43,16 @@ class State(StrEnum):
 
     QUEUED = "queued"
     RUNNING = "running"
+    PAUSED = "paused"
     DONE = "done"
     FAILED = "failed"
     CANCELLED = "cancelled"
 
 
 TRANSITIONS: dict[State, frozenset[State]] = {
-    State.QUEUED: frozenset({State.RUNNING, State.CANCELLED}),
-    State.RUNNING: frozenset({State.QUEUED, State.DONE, State.FAILED, State.CANCELLED}),
+    State.QUEUED: frozenset({State.RUNNING, State.PAUSED, State.CANCELLED}),
+    State.RUNNING: frozenset({State.QUEUED, State.PAUSED, State.DONE, State.FAILED, State.CANCELLED}),
+    State.PAUSED: frozenset({State.QUEUED, State.CANCELLED}),
     # the finished file may have been deleted by its owner
     State.DONE: frozenset({State.QUEUED}),
     State.FAILED: frozenset({State.QUEUED}),
@@ -55,6 +61,7 @@ TRANSITIONS: dict[State, frozenset[State]] = {
 """What may become of a job; nothing else ever happens to a row."""
 
 ENDED = (State.DONE, State.FAILED, State.CANCELLED)
+_WAITING = (State.QUEUED, State.PAUSED)
 
 
 class _Damaged(Exception):
@@ -74,6 +81,8 @@ class Job:
         key: see `Plan.key`.
         number: place in the queue.
         out: the finished file, relative to the output folder.
+        keep: what it was made from stays after its end, so that it can be extended and branched.
+        parent: `id` and `chunk` that it goes on from, if it is a branch, and the last claim's `fence` there.
         attempts: times that it failed in a way that may pass.
         crashes: times that its worker died since the last chunk of progress.
         worker: who runs it.
@@ -92,6 +101,8 @@ class Job:
     request: dict[str, Any]
     settings: dict[str, Any]
     out: str
+    keep: bool
+    parent: dict[str, Any] | None
     attempts: int
     crashes: int
     worker: str | None
@@ -114,6 +125,7 @@ _TABLE = """
 CREATE TABLE IF NOT EXISTS jobs (
     id TEXT PRIMARY KEY, key TEXT NOT NULL, number INTEGER NOT NULL, state TEXT NOT NULL,
     request TEXT NOT NULL, settings TEXT NOT NULL, out TEXT NOT NULL, place TEXT NOT NULL UNIQUE,
+    keep INTEGER NOT NULL DEFAULT 0, parent TEXT NOT NULL DEFAULT 'null',
     attempts INTEGER NOT NULL DEFAULT 0, crashes INTEGER NOT NULL DEFAULT 0,
     crashed_at INTEGER NOT NULL DEFAULT -1, not_before REAL NOT NULL DEFAULT 0,
     worker TEXT, error TEXT, chunks INTEGER NOT NULL, done INTEGER NOT NULL DEFAULT 0,
@@ -171,13 +183,14 @@ class JobStore:
 
     def submit(
         self, request: VideoRequest, settings: EngineSettings | None = None, *, most: int | None = None,
-        again: bool = False,
+        again: bool = False, keep: bool = False,
     ) -> Job:  # fmt: skip
         """Check a request and put it into the queue; one that is there already stays what it is.
 
         Args:
             most: refuse when so many jobs are unfinished.
             again: queue it once more if it failed or was cancelled.
+            keep: keep what it is made from after its end, for `branch`.
 
         Raises:
             VidkvError: the request cannot be used, or its id or file belongs to another one.
@@ -186,10 +199,18 @@ class JobStore:
         # before planning, which costs more than saying no
         if most is not None:
             self._require_room(most, request.id)
-        return self.submit_plan(plan(request, settings), most=most, again=again)
+        return self.submit_plan(plan(request, settings), most=most, again=again, keep=keep)
 
-    def submit_plan(self, planned: Plan, *, most: int | None = None, again: bool = False) -> Job:
-        """Likewise, of a request that was planned with `plan`."""
+    def submit_plan(
+        self, planned: Plan, *, most: int | None = None, again: bool = False, keep: bool = False,
+        parent: dict[str, Any] | None = None, fill: Callable[[JobFolder], None] = lambda folder: None,
+    ) -> Job:  # fmt: skip
+        """Likewise, of a request that was planned with `plan`.
+
+        Args:
+            parent: see `Job`.
+            fill: puts into its folder what is made already, before anybody can claim it.
+        """
         request, settings = planned.resolved()
         try:
             out = request.out or below(f"{planned.id}.mp4")
@@ -219,8 +240,12 @@ class JobStore:
                 "settings": settings.model_dump(mode="json", exclude_unset=True),
                 "chunks": planned.chunks,
                 "submitted": time.time(),
+                "keep": keep,
+                "parent": parent,
             }
-            self._folder(planned.id, planned.key).create(job)
+            folder = self._folder(planned.id, planned.key)
+            folder.create(job)
+            fill(folder)
             self._insert(job)
         return self.get(planned.id)
 
@@ -266,13 +291,97 @@ class JobStore:
         """
         job = self.get(id)
         if not job.ended:
-            self.folder(job).ask_to_cancel()
+            self.folder(job).mark("cancel")
             with contextlib.suppress(StateError):
                 # a running one is ended by its worker
-                self._move(id, State.CANCELLED, only=State.QUEUED)
+                self._move(id, State.CANCELLED, only=_WAITING)
                 if self.folder(job).result() is None:
                     self._write_result(job, {"state": State.CANCELLED.value})
         return self.get(id)
+
+    def stop(self, id: str) -> Job:
+        """End a job with the chunks that are finished as its video; one that has none is cancelled.
+
+        Of one that has ended nothing changes.
+        """
+        job = self.get(id)
+        if job.ended:
+            return job
+        if not job.done and job.state is not State.RUNNING:
+            return self.cancel(id)
+        self.folder(job).mark("stop")
+        return self.resume(id)
+
+    def pause(self, id: str) -> Job:
+        """Let a job wait after the chunk that is being made; other jobs take its place meanwhile.
+
+        Of one that has ended nothing changes.
+        """
+        job = self.get(id)
+        if not job.ended:
+            self.folder(job).mark("pause")
+            with contextlib.suppress(StateError):
+                self._move(id, State.PAUSED, only=State.QUEUED)
+        return self.get(id)
+
+    def resume(self, id: str) -> Job:
+        """Let a paused job go on where it stands."""
+        job = self.get(id)
+        if not job.ended:
+            self.folder(job).unmark("pause")
+            with contextlib.suppress(StateError):
+                self._move(id, State.QUEUED, only=State.PAUSED)
+        return self.get(id)
+
+    def steer(self, id: str, prompt: str, switch: Switch | None = None) -> Job:
+        """Change the prompt of a job from its next chunk on.
+
+        Args:
+            switch: what becomes of the history; by default the job's own way.
+
+        Raises:
+            InputError: it has ended, its id stands for its settings, or the model does not understand the
+                prompt.
+        """
+        job = self.get(id)
+        if job.ended:
+            raise InputError(f"job {id!r} is {job.state}; branch from one of its chunks instead")
+        if job.id == job.key[: len(job.id)]:
+            raise InputError(
+                f"id {id!r} was derived from the settings; to steer a video give it an id of its own"
+            )
+        folder = self.folder(job)
+        request, settings = folder.request()
+        # with all that can be wrong with a prompt
+        plan(request.scheduled([(0.0, prompt, switch)]), settings)
+        folder.ask_for_prompt(prompt, switch)
+        return job
+
+    def branch(self, id: str, branch: Branch | None = None, *, most: int | None = None) -> Job:
+        """A new job that goes on from a chunk of this one: under another prompt, or for longer.
+
+        Args:
+            most: refuse when so many jobs are unfinished.
+
+        Raises:
+            InputError: the job was not submitted with `keep`, or see `plan_branch`.
+            QueueFull: there are `most` unfinished jobs.
+        """
+        job, branch = self.get(id), branch or Branch()
+        if not job.keep:
+            raise InputError(
+                f"job {id!r} was not submitted with keep, so nothing is left to go on from; give its file as "
+                "the video to start from"
+            )
+        if most is not None:
+            self._require_room(most, branch.id)
+        folder = self.folder(job)
+        planned, chunk = plan_branch(folder, branch, branch.id or self._free_id(id), job.frames)
+        fence = self.claims.newest(folder.path) + int((job.parent or {}).get("fence", 0))
+        return self.submit_plan(
+            planned, most=most, keep=True, parent={"id": id, "chunk": chunk, "fence": fence},
+            fill=lambda child: take_over(folder, child, chunk),
+        )  # fmt: skip
 
     def retry(self, id: str) -> Job:
         """Queue a failed or cancelled job again; it goes on where it stopped."""
@@ -410,8 +519,15 @@ class JobStore:
                     raise
         if result["state"] == State.DONE:
             # before the row says so: nobody looks at the folder of an ended job again
-            folder.clear()
+            folder.clear(job.keep)
         self._end(job.id, result)
+
+    def hold(self, job: Job) -> None:
+        """A running job waits as it was asked to."""
+        self._move(job.id, State.PAUSED, only=State.RUNNING, worker=None)
+        if not self.folder(job).marked("pause"):
+            # somebody has changed their mind meanwhile
+            self.resume(job.id)
 
     def put_back(self, job: Job, error: str | None = None, retries: int | None = None) -> None:
         """A running job is to go on later.
@@ -420,12 +536,13 @@ class JobStore:
             error: what went wrong; counts as an attempt.
             retries: after so many attempts it has failed.
         """
-        if self.folder(job).cancelled:
+        if self.folder(job).marked("cancel"):
             # while it was running; nobody else looks
             self.finish(job, {"state": State.CANCELLED.value, "error": "the job was cancelled"})
             return
+        waiting = self._waiting(job)
         if error is None:
-            self._move(job.id, State.QUEUED, only=State.RUNNING, worker=None)
+            self._move(job.id, waiting, only=State.RUNNING, worker=None)
             return
         attempts = job.attempts + 1
         if retries is not None and attempts > retries:
@@ -433,7 +550,7 @@ class JobStore:
             return
         wait = min(MAX_BACKOFF_S, BACKOFF_S * 2 ** (attempts - 1))
         self._move(
-            job.id, State.QUEUED, only=State.RUNNING, worker=None, error=error, attempts=attempts,
+            job.id, waiting, only=State.RUNNING, worker=None, error=error, attempts=attempts,
             not_before=time.monotonic() + wait,
         )  # fmt: skip
 
@@ -466,7 +583,7 @@ class JobStore:
         result = folder.result()
         if result is not None:
             if result["state"] == State.DONE:
-                folder.clear()
+                folder.clear(job.keep)
             self._end(job.id, result, version=job.version)
             return
         with self._lock, self._transaction():
@@ -479,9 +596,13 @@ class JobStore:
                 error = f"its worker died {crashes} times at chunk {job.done} without an error; see the log"
                 self.finish(job, {"state": State.FAILED.value, "error": error})
             else:
-                self._move(job.id, State.QUEUED, worker=None, crashes=crashes, crashed_at=job.done)
+                self._move(job.id, self._waiting(job), worker=None, crashes=crashes, crashed_at=job.done)
 
     # ------------------------------------------------------------------ inside
+
+    def _waiting(self, job: Job) -> State:
+        """What a job becomes that is not run any more and has not ended."""
+        return State.PAUSED if self.folder(job).marked("pause") else State.QUEUED
 
     def _require_room(self, most: int, id: str | None) -> None:
         unfinished = self._execute(
@@ -510,8 +631,13 @@ class JobStore:
 
     @staticmethod
     def _job_json(job: Job) -> dict[str, Any]:
-        names = ("id", "key", "number", "out", "request", "settings", "chunks", "submitted")
+        names = ("id", "key", "number", "out", "request", "settings", "chunks", "submitted", "keep", "parent")
         return {name: getattr(job, name) for name in names}
+
+    def _free_id(self, id: str) -> str:
+        """An id like this one that no job has."""
+        stem = re.sub(r"-[0-9]{1,4}$", "", id)[:74]
+        return next(new for i in itertools.count(2) if self._row("id = ?", new := f"{stem}-{i}") is None)
 
     def _folder(self, id: str, key: str) -> JobFolder:
         return JobFolder(self.home / "jobs" / f"{id}-{key[:8]}")
@@ -531,20 +657,20 @@ class JobStore:
         self._move(id, State(result["state"]), version=version, **changes)
 
     def _move(
-        self, id: str, to: State, only: State | None = None, version: int | None = None, **changes: Any
-    ) -> None:
+        self, id: str, to: State, only: State | Collection[State] = tuple(State), version: int | None = None,
+        **changes: Any,
+    ) -> None:  # fmt: skip
         """Change a job's state, if that may be.
 
         Args:
-            only: from this state.
+            only: from this state, or one of these.
             version: while its row is still this one.
 
         Raises:
             StateError: it may not, or there is no such job.
         """
-        legal = [
-            state for state, following in TRANSITIONS.items() if to in following and only in (None, state)
-        ]
+        allowed = (only,) if isinstance(only, State) else only
+        legal = [state for state, following in TRANSITIONS.items() if to in following and state in allowed]
         names = "".join(f", {name} = ?" for name in changes)
         marks = ",".join("?" * len(legal))
         done = self._execute(
@@ -559,9 +685,10 @@ class JobStore:
     def _insert(self, job: dict[str, Any]) -> None:
         self._execute(
             "INSERT INTO jobs (id, key, number, state, request, settings, out, place, chunks, submitted, "
-            "changed) VALUES (?, ?, ?, 'queued', ?, ?, ?, ?, ?, ?, ?)",
+            "changed, keep, parent) VALUES (?, ?, ?, 'queued', ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             job["id"], job["key"], job["number"], json.dumps(job["request"]), json.dumps(job["settings"]),
             job["out"], job["out"].casefold(), job["chunks"], job["submitted"], job["submitted"],
+            bool(job.get("keep")), json.dumps(job.get("parent")),
         )  # fmt: skip
 
     def _row(self, condition: str, *values: Any) -> Job | None:
@@ -666,6 +793,8 @@ class JobStore:
                     if result is not None:
                         self._move(job["id"], State.RUNNING)
                         self._end(job["id"], result)
+                    elif self._folder(job["id"], job["key"]).marked("pause"):
+                        self._move(job["id"], State.PAUSED)
 
 
 def _made_by(path: Path, key: str) -> bool:
@@ -676,6 +805,6 @@ def _made_by(path: Path, key: str) -> bool:
 
 
 def _job(row: dict[str, Any]) -> Job:
-    for name in ("request", "settings", "progress", "result"):
+    for name in ("request", "settings", "progress", "result", "parent"):
         row[name] = json.loads(row[name])
-    return Job(**(row | {"state": State(row["state"])}))
+    return Job(**(row | {"state": State(row["state"]), "keep": bool(row["keep"])}))

@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from vidkv.errors import Cancelled, VidkvError
 from vidkv.jobs.claims import BEAT_S, Claim, Fenced
-from vidkv.jobs.run import Interrupted, Options, Runner, permanent
+from vidkv.jobs.run import Interrupted, Options, Paused, Runner, permanent
 from vidkv.jobs.store import Job, JobStore, State
+from vidkv.request import EngineSettings, VideoRequest
 
 IDLE_S = 0.1
 LOG = logging.getLogger("vidkv.jobs")
@@ -37,6 +38,7 @@ class Orders:
         idle: wait for more jobs when there are none, instead of ending.
         gpu: number of the GPU it computes on; None: the CPU.
         threads: of torch, on the CPU.
+        warm: a request whose networks are loaded, and used once, before the first job comes.
     """
 
     root: Path
@@ -47,6 +49,7 @@ class Orders:
     idle: bool = False
     gpu: int | None = None
     threads: int | None = None
+    warm: tuple[VideoRequest, EngineSettings] | None = None
 
 
 class Worker:
@@ -63,6 +66,8 @@ class Worker:
 
     def work(self) -> None:
         """Do jobs; returns when told to stop or, without `idle`, when all have ended."""
+        if self.orders.warm is not None:
+            self.runner.warm_up(*self.orders.warm)
         while not self.stopping():
             taken = self.store.claim_next(self.orders.worker, self._loaded)
             if taken is not None:
@@ -105,6 +110,9 @@ class Worker:
         except Interrupted:
             claim.check()
             self.store.put_back(job)
+        except Paused:
+            claim.check()
+            self.store.hold(job)
         except Cancelled as error:
             claim.check()
             self.store.finish(job, {"state": State.CANCELLED.value, "error": str(error)})
