@@ -7,7 +7,7 @@ PROMPT ?= a red circle and a blue square bouncing
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help video test faults soak shapes hour kernels venv lint types format wheel check clean
+.PHONY: help video test browser faults soak shapes hour kernels venv lint types format wheel check clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1@/p' $(MAKEFILE_LIST) | tr '@' '\t'
@@ -18,6 +18,10 @@ video: $(READY)  ## generate a minute of video, first.mp4
 # one thread per worker: two workers with all cores each slow one another down
 test: $(READY)  ## run the whole CPU test suite (ARGS="-k name" narrows it)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --timeout 900 --durations 10 $(ARGS)
+
+# one process: the browser, the server and its worker have enough to do
+browser: $(READY)  ## use the page in Chromium as people do; pictures in build/browser/ (minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser --timeout 600 --durations 10 tests/browser $(ARGS)
 
 faults: $(READY)  ## kill, cancel, fill the disk, feed nonsense: nothing may be lost (minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m faults --timeout 900 --durations 5 \

@@ -21,7 +21,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -43,12 +43,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import vidkv
 from vidkv import intake
+from vidkv.apps.login import LOGIN, add_login, has_session
 from vidkv.apps.models_table import models_report
 from vidkv.errors import InputError, OutputError, StateError, VidkvError
 from vidkv.jobs.store import Job, JobStore, QueueFull, State
 from vidkv.memory import pixel_size
 from vidkv.models.registry import MODELS
-from vidkv.planning import Plan, plan
+from vidkv.planning import Plan, cache_spec, pick_device, plan
+from vidkv.prompts import Switch, TimedPrompt
 from vidkv.request import (
     ID_PATTERN,
     EngineSettings,
@@ -74,10 +76,11 @@ MAX_MESSAGE = 1_000
 MAX_HEADERS = 100
 T = TypeVar("T")
 
-Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
+Status = Literal["queued", "in_progress", "paused", "completed", "failed", "cancelled"]
 STATUSES: dict[State, Status] = {
     State.QUEUED: "queued",
     State.RUNNING: "in_progress",
+    State.PAUSED: "paused",
     State.DONE: "completed",
     State.FAILED: "failed",
     State.CANCELLED: "cancelled",
@@ -115,18 +118,41 @@ class ApiLimits:
     keepalive_s: float = 15.0
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """A request, and what the server is to do beside making it.
+
+    Attributes:
+        keep: see `JobStore.submit`.
+    """
+
+    request: VideoRequest
+    keep: bool
+
+
 class CreateVideo(VideoRequest):
-    """A video as a client asks for it: the fields of every request, and `size` for `width` and `height`."""
+    """A video as a client asks for it: the fields of every request, `size` for `width` and `height`, and how
+    the server is to treat it."""
 
     size: str | None = Field(
         default=None,
         pattern=r"^[1-9][0-9]{0,4}x[1-9][0-9]{0,4}$",
         description="WIDTHxHEIGHT in pixels; by default the model's own.",
     )
+    keep: bool = Field(
+        default=False,
+        description="Keep what it is made from after its end, so that it can be extended and branched.",
+    )
+    until_stopped: bool = Field(
+        default=False, description="Go on until somebody finishes it, at most as long as this server allows."
+    )
 
     @classmethod
-    def read(cls, values: Any) -> VideoRequest:
+    def read(cls, values: Any, most_seconds: float) -> Wanted:
         """A request from what was sent.
+
+        Args:
+            most_seconds: length of a video that is to go on until it is stopped.
 
         Raises:
             Refused: naming the first field that cannot be used.
@@ -150,14 +176,18 @@ class CreateVideo(VideoRequest):
         except ValidationError as error:
             field, message = next(iter(faults(error, cls)))
             raise Refused(422, "invalid_value", message, field) from None
-        given = wanted.model_dump(exclude_unset=True, exclude={"size"})
+        given = wanted.model_dump(exclude_unset=True, exclude={"size", "keep", "until_stopped"})
+        if wanted.until_stopped:
+            if "seconds" in values:
+                raise Refused(422, "invalid_value", "give seconds or until_stopped, not both", "seconds")
+            given["seconds"] = most_seconds
         if wanted.size is not None:
             if wanted.width is not None or wanted.height is not None:
                 raise Refused(422, "invalid_value", "give size, or width and height, not both", "size")
             width, height = wanted.size.split("x")
             given |= {"width": int(width), "height": int(height)}
         try:
-            return VideoRequest.model_validate(given)
+            return Wanted(VideoRequest.model_validate(given), wanted.keep)
         except ValidationError as error:
             # `size` has room for sides that the others refuse
             raise Refused(422, "invalid_value", first_fault(error, VideoRequest), "size") from None
@@ -184,10 +214,19 @@ class VideoError(BaseModel):
     message: str
 
 
+class Origin(BaseModel):
+    """What a video goes on from."""
+
+    id: str
+    chunk: int
+
+
 class Video(BaseModel):
     """A job as its clients see it.
 
     `created_at` and `completed_at` are seconds since 1970; `chunks` are made one after the other.
+    `schedule` has [second, prompt, switch] of prompts that take over later, with what was steered in so far.
+    `place` is the one in the queue, 1 for the next.
     """
 
     id: str
@@ -208,13 +247,27 @@ class Video(BaseModel):
     eta_s: float | None
     kv_bytes: int | None
     drift: dict[str, float] | None
+    schedule: list[tuple[float, str, Switch | None]]
+    seed: int
+    cache: str
+    frame_rate: int | None
+    keep: bool
+    parent: Origin | None
+    until_stopped: bool
+    place: int | None
+    has_partial: bool
 
     @classmethod
-    def of(cls, job: Job, hide: Callable[[str], str] = str) -> Video:
+    def of(
+        cls, job: Job, hide: Callable[[str], str] = str, *, cache: str = "", most_seconds: float = math.inf,
+        place: int | None = None, has_partial: bool = False,
+    ) -> Video:  # fmt: skip
         """The job's row, without what concerns the server alone.
 
         Args:
             hide: takes the server's paths out of a message.
+            cache: its cache settings on one line.
+            most_seconds: that this server allows.
         """
         request, progress = job.request, job.progress
         model = str(request.get("model", "bounce"))
@@ -224,15 +277,22 @@ class Video(BaseModel):
         done = 100 if job.state is State.DONE else min(99, 100 * job.done // max(1, job.chunks))
         failed = job.state is State.FAILED
         drift = {k: v for k, v in progress.get("drift", {}).items() if math.isfinite(v)}
+        timed = _prompts(request, progress.get("steered", ()))
+        seconds = float(request.get("seconds", 10.0))
         return cls(
             id=job.id, model=model if entry else Path(model).name, status=STATUSES[job.state], progress=done,
             created_at=int(job.submitted), completed_at=int(job.changed) if job.ended else None,
-            seconds=f"{float(request.get('seconds', 10.0)):g}",
-            size=f"{size[1]}x{size[0]}" if None not in size else None, prompt=str(request.get("prompt", "")),
+            seconds=f"{seconds:g}", size=f"{size[1]}x{size[0]}" if None not in size else None,
+            prompt=timed[0][1],
             error=VideoError(code="failed", message=hide(job.error or "unknown")) if failed else None,
             chunks=job.chunks, chunks_done=job.done, frames=job.frames, fps=_finite(progress.get("fps")),
             eta_s=_finite(progress.get("eta_s")) if job.state is State.RUNNING else None,
             kv_bytes=progress.get("kv_bytes"), drift=drift or None,
+            schedule=[(entry[0], entry[1], entry[2] if len(entry) > 2 else None) for entry in timed[1:]],
+            seed=int(request.get("seed", 0)), cache=cache,
+            frame_rate=entry.fps if entry else None, keep=job.keep,
+            parent=Origin.model_validate(job.parent) if job.parent else None,
+            until_stopped=seconds >= most_seconds, place=place, has_partial=has_partial,
         )  # fmt: skip
 
 
@@ -330,8 +390,7 @@ class Guard:
     """
 
     def __init__(self, app: ASGIApp, token: str | None, hosts: Collection[str] | None) -> None:
-        self.app, self.hosts = app, hosts
-        self.token = token.encode() if token is not None else None
+        self.app, self.hosts, self.token = app, hosts, token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -366,14 +425,27 @@ class Guard:
         if len(headers) > MAX_HEADERS:
             raise Refused(431, "too_many_headers", f"{len(headers)} headers; send at most {MAX_HEADERS}")
         if self.hosts is not None:
-            self._check_names(scope, headers)
-        if self.token is not None and scope["path"] != "/health":
+            self._check_names(scope, headers, self.hosts)
+        if self.token is not None and scope["path"] not in ("/health", LOGIN):
             given = [value for name, value in headers if name == b"authorization"]
             scheme, _, token = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
-            if scheme.lower() != b"bearer" or not hmac.compare_digest(token.strip(), self.token):
-                raise Refused(401, "unauthorized", "send the header Authorization: Bearer TOKEN")
+            if scheme.lower() == b"bearer" and hmac.compare_digest(token.strip(), self.token.encode()):
+                return
+            if has_session(headers, self.token):
+                # a browser sends the cookie whoever makes it ask
+                self._check_names(scope, headers, None)
+                return
+            # a person's browser is shown where to log in
+            asked = b"text/html" in b"".join(value for name, value in headers if name == b"accept")
+            page = asked and scope["path"] == "/" and scope["method"] == "GET"
+            raise Refused(
+                303 if page else 401, "unauthorized", "send the header Authorization: Bearer TOKEN",
+                headers={"Location": LOGIN} if page else None,
+            )  # fmt: skip
 
-    def _check_names(self, scope: Scope, headers: list[tuple[bytes, bytes]]) -> None:
+    def _check_names(
+        self, scope: Scope, headers: list[tuple[bytes, bytes]], hosts: Collection[str] | None
+    ) -> None:
         """Refuse what a page of another site makes a browser send.
 
         Its requests carry an Origin that is not this server, or, if its name was made to resolve to this
@@ -381,8 +453,9 @@ class Guard:
         """
         names = [value.decode("latin-1") for name, value in headers if name == b"host"]
         host = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:/@\[\]]+)(:[0-9]{1,5})?", names[0] if names else "")
-        if len(names) != 1 or host is None or host[1].lower() not in cast(Collection[str], self.hosts):
-            own = ", ".join(sorted(self.hosts or ()))
+        known = host is not None and (hosts is None or host[1].lower() in hosts)
+        if len(names) != 1 or not known:
+            own = ", ".join(sorted(hosts or ()))
             raise Refused(403, "wrong_host", f"Host {shown(', '.join(names))} is not this server; use {own}")
         own = f"{scope['scheme']}://{names[0]}".lower()
         for name, value in headers:
@@ -620,6 +693,8 @@ class Service:
         self.stopping: Callable[[], bool] = lambda: False
         self.ailing: Callable[[], str | None] = lambda: None
         self.streams = self.receiving = 0
+        # files are decoded in processes of their own, each up to gigabytes large
+        self.decoders, self.planners = CapacityLimiter(limits.decoders), CapacityLimiter(8)
         self._paths = sorted({str(store.root), str(store.root.resolve())}, key=len, reverse=True)
 
     def find(self, id: str) -> Job:
@@ -634,7 +709,20 @@ class Service:
         raise Refused(404, "not_found", f"there is no video {shown(id)}; GET /v1/videos lists them", "id")
 
     def show(self, job: Job) -> Video:
-        return Video.of(job, self.hide)
+        """A job as its clients see it."""
+        place = None
+        if job.state is State.QUEUED:
+            place = sum(other.number <= job.number for other in self.store.jobs([State.QUEUED]))
+        partial = job.state is not State.DONE and partial_video(self.store.file(job)).is_file()
+        cache = ""
+        entry = MODELS.get(str(job.request.get("model", "bounce")))
+        if entry is not None:
+            with contextlib.suppress(VidkvError):
+                spec = cache_spec(entry, job.request.get("cache") or {}, pick_device(self.settings.device))
+                cache = str(spec)
+        return Video.of(
+            job, self.hide, cache=cache, most_seconds=self.limits.seconds, place=place, has_partial=partial
+        )  # fmt: skip
 
     def hide(self, text: str) -> str:
         """A message without the place of the output folder."""
@@ -668,14 +756,14 @@ class Service:
         ]
         return max(1, min(3600, math.ceil(min(left)))) if left else RETRY_S
 
-    def create(self, values: Any, incoming: Incoming | None = None) -> Job:
-        """Queue a video.
+    def read(self, values: Any) -> Wanted:
+        """A request from what was sent, if this server takes such.
 
         Raises:
-            Refused, VidkvError: it cannot be made.
-            QueueFull: not now.
+            Refused: it does not.
         """
-        request = CreateVideo.read(values)
+        wanted = CreateVideo.read(values, self.limits.seconds)
+        request = wanted.request
         if request.model not in (here := installed()):
             raise Refused(
                 422,
@@ -683,15 +771,34 @@ class Service:
                 f"model={shown(request.model)} is not here; use {', '.join(here)}",
                 "model",
             )
-        if request.seconds > self.limits.seconds:
+        self.require_seconds(request.seconds)
+        return wanted
+
+    def require_seconds(self, seconds: float) -> None:
+        """Refuse videos that are too long.
+
+        Raises:
+            Refused: it is.
+        """
+        if seconds > self.limits.seconds:
             most = f"this server makes at most {self.limits.seconds:g}"
-            raise Refused(422, "invalid_value", f"seconds={request.seconds:g}: {most}", "seconds")
+            raise Refused(422, "invalid_value", f"seconds={seconds:g}: {most}", "seconds")
+
+    def create(self, values: Any, incoming: Incoming | None = None) -> Job:
+        """Queue a video.
+
+        Raises:
+            Refused, VidkvError: it cannot be made.
+            QueueFull: not now.
+        """
+        wanted = self.read(values)
+        request = wanted.request
         self.require_room(request.id)
         if incoming is None:
-            return self._submit(plan(request, self.settings))
+            return self._submit(plan(request, self.settings), wanted.keep)
         path = self.uploads.hold(incoming)
         try:
-            return self._submit(self._started_from(path, request))
+            return self._submit(self._started_from(path, request), wanted.keep)
         finally:
             self.uploads.release(path, self.store)
 
@@ -712,8 +819,8 @@ class Service:
             raise Refused(422, "invalid_media", _nameless(path, error), UPLOAD) from None
         return planned
 
-    def _submit(self, planned: Plan) -> Job:
-        return self.store.submit_plan(planned, most=self.limits.queue, again=True)
+    def _submit(self, planned: Plan, keep: bool) -> Job:
+        return self.store.submit_plan(planned, most=self.limits.queue, again=True, keep=keep)
 
     def page(self, limit: int, after: str | None, order: Literal["asc", "desc"]) -> VideoList:
         """Some jobs, in the order they were submitted or against it."""
@@ -783,6 +890,26 @@ class Service:
             415, "unsupported_media",
             f"content-type={shown(kind.decode('latin-1'))}; send application/json or multipart/form-data",
         )  # fmt: skip
+
+    async def fields(self, request: Request) -> Any:
+        """The value of a JSON body.
+
+        Raises:
+            Refused: as of `receive`.
+        """
+        kind, _ = parse_options_header(request.headers.get("content-type"))
+        if kind != b"application/json":
+            text = shown(kind.decode("latin-1"))
+            raise Refused(415, "unsupported_media", f"content-type={text}; send application/json")
+        try:
+            async with asyncio.timeout(self.limits.read_s):
+                return await self._json(request)
+        except TimeoutError:
+            raise Refused(408, "too_slow", f"the body took more than {self.limits.read_s:g} s") from None
+
+    async def aside(self, function: Callable[[], T]) -> T:
+        """In a thread: it waits for the disk."""
+        return await _aside(function, limiter=self.planners)
 
     async def _json(self, request: Request) -> Any:
         body = bytearray()
@@ -867,11 +994,20 @@ def create_app(
     _add_creation(app, service)
     _add_routes(app, service)
     _add_others(app, service)
+    # they stand on this module
+    from vidkv.apps.compare import add_compare_routes
+    from vidkv.apps.live import add_live_routes
+    from vidkv.apps.steering import add_steering_routes
+
+    for add in (add_steering_routes, add_live_routes, add_compare_routes):
+        add(app, service)
+    if token is not None:
+        add_login(app, token)
     app.openapi = partial(_openapi, app)  # type: ignore[method-assign]
     return app
 
 
-def _faulty(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def faulty(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Responses of a route besides success; the first ones may come from any."""
     reasons = {
         400: "Malformed", 401: "No token, or a wrong one", 403: "From another site", 404: "There is none",
@@ -936,24 +1072,23 @@ def _add_handlers(app: FastAPI, service: Service) -> None:
 
 
 def _add_creation(app: FastAPI, service: Service) -> None:
-    # files are decoded in processes of their own, each up to gigabytes large
-    decoders, planners = CapacityLimiter(service.limits.decoders), CapacityLimiter(8)
     contents = {
         "application/json": {"schema": {"$ref": "#/components/schemas/CreateVideo"}},
         "multipart/form-data": {"schema": {"$ref": "#/components/schemas/CreateVideoForm"}},
     }
 
     @app.post(
-        "/v1/videos", responses=_faulty(408, 413, 415, 422, 429, 507),
+        "/v1/videos", responses=faulty(408, 413, 415, 422, 429, 507),
         openapi_extra={"requestBody": {"required": True, "content": contents}},
     )  # fmt: skip
     async def create_video(request: Request) -> Video:
         """Queue a video. The same request again is the same video."""
-        _require_workers(service)
+        require_workers(service)
         values, form = await service.receive(request)
         incoming = form.upload if form else None
         try:
-            job = await _aside(service.create, values, incoming, limiter=decoders if incoming else planners)
+            limiter = service.decoders if incoming else service.planners
+            job = await _aside(service.create, values, incoming, limiter=limiter)
         finally:
             if form:
                 form.discard()
@@ -963,7 +1098,7 @@ def _add_creation(app: FastAPI, service: Service) -> None:
 def _add_routes(app: FastAPI, service: Service) -> None:
     """Of jobs that are there. Plain functions run in threads: they wait for the index on disk."""
 
-    @app.get("/v1/videos", responses=_faulty(404, 422))
+    @app.get("/v1/videos", responses=faulty(404, 422))
     def list_videos(
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
         after: Annotated[
@@ -974,17 +1109,17 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         """Videos by when they were submitted."""
         return service.page(limit, after, order)
 
-    @app.get("/v1/videos/{id}", responses=_faulty(404))
+    @app.get("/v1/videos/{id}", responses=faulty(404))
     def get_video(id: str) -> Video:
         """How far it is."""
         return service.show(service.find(id))
 
-    @app.delete("/v1/videos/{id}", responses=_faulty(404, 409))
+    @app.delete("/v1/videos/{id}", responses=faulty(404, 409))
     def delete_video(id: str) -> DeletedVideo:
         """Forget it, with its file; not while it runs."""
         return service.delete(id)
 
-    @app.post("/v1/videos/{id}/cancel", responses=_faulty(404, 409, 507))
+    @app.post("/v1/videos/{id}/cancel", responses=faulty(404, 409, 507))
     def cancel_video(id: str) -> Video:
         """Stop it within a denoising step; what is finished stays as its partial video."""
         service.find(id)
@@ -995,7 +1130,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
 
     @app.get(
         "/v1/videos/{id}/events", response_class=StreamingResponse,
-        responses={200: streamed, 204: known, **_faulty(404, 429)},
+        responses={200: streamed, 204: known, **faulty(404, 429)},
     )  # fmt: skip
     async def watch_video(id: str, request: Request) -> Response:
         """Server-sent events: the video whenever it has changed, until it has ended."""
@@ -1024,19 +1159,19 @@ def _add_routes(app: FastAPI, service: Service) -> None:
 
     app.get(
         "/v1/videos/{id}/content", response_class=Media,
-        responses={200: whole, 206: part, **_faulty(404, 409, 416, 422)},
+        responses={200: whole, 206: part, **faulty(404, 409, 416, 422)},
     )(get_content)  # fmt: skip
     app.head("/v1/videos/{id}/content", response_class=Media, include_in_schema=False)(get_content)
 
 
 def _add_others(app: FastAPI, service: Service) -> None:
-    @app.get("/health", responses=_faulty())
+    @app.get("/health", responses=faulty())
     def health() -> Health:
         """Whether jobs are being done."""
-        _require_workers(service)
+        require_workers(service)
         return Health(version=vidkv.__version__)
 
-    @app.get("/v1/models", responses=_faulty())
+    @app.get("/v1/models", responses=faulty())
     def list_models() -> ModelList:
         """Models that can be asked for."""
         rows = [row for row in models_report() if row["here"]]
@@ -1060,7 +1195,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     return app.openapi_schema
 
 
-def _require_workers(service: Service) -> None:
+def require_workers(service: Service) -> None:
     why = service.ailing()
     if why is not None:
         raise Refused(503, "no_workers", f"no videos are being made: {why}", retry_s=60)
@@ -1109,6 +1244,13 @@ def _last_number(store: JobStore) -> int:
 
 def _finite(value: Any) -> float | None:
     return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _prompts(request: Mapping[str, Any], steered: Sequence[Any]) -> list[TimedPrompt]:
+    """All prompts of a job, those that were steered in included; what cannot be read is left out."""
+    with contextlib.suppress(VidkvError, ValueError, TypeError):
+        return list(VideoRequest.of(request).steered((s, text, way) for s, text, way in steered).prompts)
+    return [(0.0, str(request.get("prompt", "")))]
 
 
 def _too_large(most: int) -> Refused:

@@ -28,8 +28,8 @@ from vidkv.files import reason, write_durably, write_json
 from vidkv.jobs.records import Records
 from vidkv.jobs.store import Job, JobStore, State
 from vidkv.loading import find_model, model_entry
-from vidkv.memory import gigabytes, own_guidance, pixel_size, plan_memory
-from vidkv.planning import Plan, compute_dtype
+from vidkv.memory import gigabytes, pixel_size
+from vidkv.planning import Plan
 from vidkv.request import printable
 from vidkv.segments import partial_video, segment_paths
 
@@ -182,10 +182,6 @@ def _planned(plan: Plan, job: Job | None, store: JobStore, earlier: _Earlier, ag
     speeds, sizes = earlier.of(plan)
     estimate = statistics.median(speeds) * (plan.chunks - done) if speeds else None
     height, width = plan.size
-    memory = plan_memory(
-        plan.entry, plan.spec, height, width, dtype=compute_dtype(plan.device),
-        guidance=None if own_guidance(plan.entry) == 1 else plan.request.guidance,
-    )  # fmt: skip
     return {
         "id": plan.id,
         "key": plan.key,
@@ -203,7 +199,7 @@ def _planned(plan: Plan, job: Job | None, store: JobStore, earlier: _Earlier, ag
         "height": height,
         "cache": str(plan.spec),
         "need_bytes": plan.need_bytes,
-        "kv_bytes": memory.kv_bytes + memory.negative_kv_bytes,
+        "kv_bytes": plan.memory.kv_bytes + plan.memory.negative_kv_bytes,
         "out": job.out if job and state != "refused" else plan.request.out or f"{plan.id}.mp4",
         "estimate_s": round(estimate, 2) if to_make and estimate is not None else None,
         "estimate_from": len(speeds),

@@ -20,7 +20,7 @@ from vidkv.files import reason
 from vidkv.jobs.run import Options
 from vidkv.jobs.store import JobStore
 from vidkv.jobs.supervisor import Supervisor
-from vidkv.request import EngineSettings, shown
+from vidkv.request import EngineSettings, VideoRequest, shown
 
 MIN_TOKEN = 16
 DRAIN_S = 2.0
@@ -32,6 +32,8 @@ to save; it ends when it finds this process gone."""
 LINGER_S = 5.0
 """How long /health says that the workers are gone before the server ends."""
 CONNECTIONS = 2_048
+FIRST_PROMPT = "a red circle bouncing"
+"""What workers make before the first video is asked for, so that it does not wait for what loads lazily."""
 
 
 def serve(
@@ -72,13 +74,18 @@ def serve(
             store, settings=settings or EngineSettings(), token=token, limits=limits or ApiLimits(),
             hosts=LOOPBACK | {name.lower()},
         )  # fmt: skip
+        # loads gradio
+        from vidkv.apps import web_page
+
+        web_page.mount(app, app.state.service)
         config = uvicorn.Config(
-            app, log_config=None, access_log=False, lifespan="off", ws="none", server_header=False,
+            app, log_config=None, access_log=False, lifespan="on", ws="none", server_header=False,
             proxy_headers=False, limit_concurrency=CONNECTIONS, h11_max_incomplete_event_size=2**15,
             timeout_graceful_shutdown=DRAIN_S,  # type: ignore[arg-type]
         )  # fmt: skip
         server = uvicorn.Server(config)
-        with Supervisor(store, devices, options, retries, idle=True) as supervisor:
+        warm = VideoRequest(prompt=FIRST_PROMPT, seconds=1), settings or EngineSettings()
+        with Supervisor(store, devices, options, retries, idle=True, warm=warm) as supervisor:
             crew = Crew(supervisor, server)
             app.state.service.stopping = lambda: server.should_exit
             app.state.service.ailing = lambda: crew.ailing

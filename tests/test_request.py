@@ -64,7 +64,8 @@ class TestSchedule:
         )
 
     def test_an_entry_may_say_what_becomes_of_the_history(self) -> None:
-        entries = [[1, "a", "flush"], {"second": 2, "prompt": "b", "switch": "keep"}, [3, "c", None], [4, "d"]]
+        named = {"second": 2, "prompt": "b", "switch": "keep"}
+        entries = [[1, "a", "flush"], named, [3, "c", None], [4, "d"]]
         assert VideoRequest.of({"prompt": "x", "schedule": entries}).schedule == (
             (1.0, "a", "flush"), (2.0, "b", "keep"), (3.0, "c", None), (4.0, "d"),
         )  # fmt: skip

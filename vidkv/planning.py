@@ -19,7 +19,7 @@ from vidkv.cache import CacheSpec
 from vidkv.errors import InputError, PromptError, ResourceError
 from vidkv.intake import picture, video_end
 from vidkv.loading import find_model, model_entry
-from vidkv.memory import OFFLOADS, check_fits, own_guidance, pixel_size, plan_memory
+from vidkv.memory import OFFLOADS, MemoryPlan, check_fits, own_guidance, pixel_size, plan_memory
 from vidkv.models.checkpoints.folders import read_json, require_tokenizer
 from vidkv.models.families.base import ModelEntry
 from vidkv.models.registry import MODELS, canonical_prompt
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 DEVICES = ("auto", "cpu", "cuda")
 _LESS_MEMORY = "choose a smaller --window, --height or --width, or --kv-format int8"
+KEY_ID = 16
+"""Characters of a key that name what has no name of its own."""
 NUMERICS = 1
 """Raised when the same request would give other latents, so that finished work is not taken for new."""
 
@@ -48,7 +50,7 @@ class Plan:
 
     Attributes:
         frames: pixel frames of the video.
-        need_bytes: memory of the device at the peak, estimated.
+        memory: of the device, estimated.
     """
 
     request: VideoRequest
@@ -59,7 +61,12 @@ class Plan:
     spec: CacheSpec
     device: str
     frames: int
-    need_bytes: int
+    memory: MemoryPlan
+
+    @property
+    def need_bytes(self) -> int:
+        """Memory of the device at the peak."""
+        return self.memory.peak_bytes
 
     @property
     def first_chunk_frames(self) -> int | None:
@@ -118,7 +125,7 @@ class Plan:
     @property
     def id(self) -> str:
         """The request's, or the beginning of the key."""
-        return self.request.id or self.key[:16]
+        return self.request.id or self.key[:KEY_ID]
 
     def resolved(self) -> tuple[VideoRequest, EngineSettings]:
         """Request and settings with absolute paths, for processes that stand elsewhere."""
@@ -192,7 +199,7 @@ def plan(request: VideoRequest, settings: EngineSettings | None = None) -> Plan:
     )  # fmt: skip
     allowed = {"kv-format", "window", "size", "weights"} | ({"offload"} if device == "cuda" else set())
     check_fits(memory, usable_bytes(device), device, allowed)
-    return Plan(request, settings, entry, folder, schedule, spec, device, frames, memory.peak_bytes)
+    return Plan(request, settings, entry, folder, schedule, spec, device, frames, memory)
 
 
 def load_pipeline(plan: Plan) -> CausalVideoPipeline:

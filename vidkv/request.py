@@ -238,6 +238,11 @@ class VideoRequest(BaseModel):
         """With other prompts: (second, prompt) or (second, prompt, switch), the first at 0."""
         return self.model_copy(update={"prompt": timed[0][1], "schedule": tuple(timed[1:])})
 
+    def ended(self, seconds: float) -> VideoRequest:
+        """The request of what there is of a video that was ended early."""
+        shown = [entry for entry in self.prompts if entry[0] < seconds]
+        return self.scheduled(shown).model_copy(update={"seconds": seconds})
+
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> VideoRequest:
         """Validate a mapping.
@@ -335,8 +340,11 @@ def _fault(fault: dict[str, Any], model: type[BaseModel]) -> tuple[str, str]:
     return field, f"{name}={value}: {printable(reason, 400)}"
 
 
+_JOINTS = str.maketrans("", "", "-_")
+
+
 def _named(part: str) -> str:
-    return part if len(part) <= 40 and part.isascii() and part.replace("-", "_").isalnum() else shown(part)
+    return part if len(part) <= 40 and part.isascii() and part.translate(_JOINTS).isalnum() else shown(part)
 
 
 def nearest_field(name: str, model: type[BaseModel]) -> str:

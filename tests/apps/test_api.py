@@ -446,7 +446,7 @@ class TestEnd:
         api.post(**ONE_SECOND, id="a")
         api.run("a")
         assert api.ask("POST", "/v1/videos/a/cancel").json()["status"] == "in_progress"
-        assert api.store.folder(api.store.get("a")).cancelled
+        assert api.store.folder(api.store.get("a")).marked("cancel")
 
     def test_delete(self, api: Api) -> None:
         api.post(**ONE_SECOND, id="a")
@@ -1078,7 +1078,7 @@ class TestSchema:
 
     def test_the_request_is_the_one_of_everything_else(self) -> None:
         own = {name for name in CreateVideo.model_fields if name not in VideoRequest.model_fields}
-        assert own == {"size"} and issubclass(CreateVideo, VideoRequest)
+        assert own == {"size", "keep", "until_stopped"} and issubclass(CreateVideo, VideoRequest)
 
     def test_what_it_generates_is_answered_as_it_says(self, tmp_path: Path) -> None:
         """Schemathesis: no 5xx, and only statuses, kinds and shapes that the description promises."""
@@ -1182,7 +1182,7 @@ class TestEndToEnd:
         def cancel(body: bytes) -> bool:
             # the first chunk is there
             if any(video["frames"] for _, video in events(body)):
-                working.store.folder(working.store.get(id)).ask_to_cancel()
+                working.store.folder(working.store.get(id)).mark("cancel")
             return False
 
         seen = [video for _, video in events(working.ask("GET", f"/v1/videos/{id}/events", drop=cancel).body)]

@@ -173,7 +173,7 @@ def test_the_report_tells_what_this_run_made_from_what_was_there(store: JobStore
     value, _, _ = report_of(store, before=before, stopped_by="SIGTERM")
     assert json.loads((store.root / "report.json").read_text()) == value
     assert value["schema"] == 1 and value["stopped_by"] == "SIGTERM" and value["wall_s"] == 10.0
-    assert value["counts"] == {"queued": 1, "running": 0, "done": 3, "failed": 1, "cancelled": 0}
+    assert value["counts"] == {"queued": 1, "running": 0, "paused": 0, "done": 3, "failed": 1, "cancelled": 0}
     assert (value["rendered"], value["already_done"]) == (2, 1)
     # 36 of the new one, and 36 - 9 of the one that was taken up
     assert (value["frames"], value["fps"]) == (63, 6.3)

@@ -176,6 +176,20 @@ class TestWhole:
         monkeypatch.setattr(run, "load_pipeline", None)
         bench.run(bench.submit("b", seed=1))
 
+    def test_what_is_warm_is_not_loaded_for_the_first_job(
+        self, bench: Bench, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = bench.submit()
+        request, settings = folder.request()
+        runner = Runner()
+        runner.warm_up(VideoRequest(prompt=PROMPT, model="/nowhere"), settings)
+        assert not runner.has_loaded(bench.model, {"device": "cpu"})
+        runner.warm_up(request, settings)
+        assert runner.has_loaded(bench.model, {"device": "cpu"})
+        bench.pipe = runner._loaded
+        monkeypatch.setattr(run, "load_pipeline", None)
+        assert bench.run(folder)["resumed_at"] is None
+
     def test_a_file_of_the_same_name_is_not_replaced(self, bench: Bench) -> None:
         folder = bench.submit()
         (bench.root / "job.mp4").write_bytes(b"somebody's")

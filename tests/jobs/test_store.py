@@ -22,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from vidkv.errors import InputError, OutputError, StateError
 from vidkv.jobs import claims as claims_module
-from vidkv.jobs import store as store_module
+from vidkv.jobs import index as index_module
 from vidkv.jobs.claims import Claim, Claims
 from vidkv.jobs.run import Progress
 from vidkv.jobs.store import MAX_CRASHES, TRANSITIONS, Job, JobStore, QueueFull, State
@@ -745,7 +745,7 @@ class TestIndex:
 
     def test_locked_by_another_process(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """An error of one line for those who want to write; nothing is lost."""
-        monkeypatch.setattr(store_module, "BUSY_S", 0.05)
+        monkeypatch.setattr(index_module, "BUSY_S", 0.05)
         with JobStore(tmp_path) as store:
             submit(store, "a")
             other = sqlite3.connect(tmp_path / ".vidkv" / "jobs.sqlite", isolation_level=None)

@@ -32,6 +32,7 @@ from vidkv.loading import find_model
 from vidkv.models.vae import pixel_frames
 from vidkv.pipeline import CausalVideoPipeline
 from vidkv.planning import Plan, load_pipeline, naming_shortage, open_stream, plan
+from vidkv.prompts import PromptSchedule
 from vidkv.request import EngineSettings, VideoRequest
 from vidkv.rollout import Chunk
 from vidkv.segments import SegmentWriter, partial_video, read_metadata, write_video
@@ -272,12 +273,14 @@ class _Work:
         self.claim.check()
         chunks = self.committed
         head = self.records.head(chunks - 1)
+        early = chunks < self.plan.chunks
+        if early:
+            request = self.plan.request.ended(head.frames / self.plan.entry.fps)
+            schedule = PromptSchedule.of(request.prompts)
+            self.plan = replace(self.plan, request=request, schedule=schedule, frames=head.frames)
         metadata = self.plan.metadata() | {"job": self.key}
         if self.note:
             metadata["resumed"] = self.note
-        early = chunks < self.plan.chunks
-        if early:
-            metadata["seconds"] = f"{head.frames / self.plan.entry.fps:g}"
         if not _is_ours(self.out, self.key):
             if self.out.exists():
                 raise OutputError(

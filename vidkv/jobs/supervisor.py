@@ -19,6 +19,7 @@ from vidkv.files import reason
 from vidkv.jobs.run import Options
 from vidkv.jobs.store import JobStore, State
 from vidkv.jobs.worker import Orders, Worker, process_main
+from vidkv.request import EngineSettings, VideoRequest
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext
@@ -41,11 +42,12 @@ class Supervisor:
     Args:
         devices: `cpu`, `cuda:N`, one worker each; see `pick_devices`.
         idle: keep waiting for jobs.
+        warm: what workers load before the first job comes, see `Orders`.
     """
 
     def __init__(
         self, store: JobStore, devices: Sequence[str] = ("cpu",), options: Options | None = None,
-        retries: int = 2, idle: bool = False,
+        retries: int = 2, idle: bool = False, warm: tuple[VideoRequest, EngineSettings] | None = None,
     ) -> None:  # fmt: skip
         self.store, self.devices, self.idle = store, list(devices), idle
         cpus = sum(device == "cpu" for device in devices)
@@ -54,6 +56,7 @@ class Supervisor:
             Orders(
                 store.root, store.name, f"worker{i}", options or Options(), retries, idle,
                 gpu=None if device == "cpu" else int(device.removeprefix("cuda:")), threads=threads,
+                warm=warm,
             )
             for i, device in enumerate(devices)
         ]  # fmt: skip
