@@ -275,7 +275,7 @@ class Video(BaseModel):
         if entry is not None:
             size = pixel_size(entry, *size)
         done = 100 if job.state is State.DONE else min(99, 100 * job.done // max(1, job.chunks))
-        failed = job.state is State.FAILED
+        failed, running = job.state is State.FAILED, job.state is State.RUNNING
         drift = {k: v for k, v in progress.get("drift", {}).items() if math.isfinite(v)}
         timed = _prompts(request, progress.get("steered", ()))
         seconds = float(request.get("seconds", 10.0))
@@ -286,7 +286,7 @@ class Video(BaseModel):
             prompt=timed[0][1],
             error=VideoError(code="failed", message=hide(job.error or "unknown")) if failed else None,
             chunks=job.chunks, chunks_done=job.done, frames=job.frames, fps=_finite(progress.get("fps")),
-            eta_s=_finite(progress.get("eta_s")) if job.state is State.RUNNING else None,
+            eta_s=_finite(progress.get("eta_s")) if running and progress.get("fps") else None,
             kv_bytes=progress.get("kv_bytes"), drift=drift or None,
             schedule=[(entry[0], entry[1], entry[2] if len(entry) > 2 else None) for entry in timed[1:]],
             seed=int(request.get("seed", 0)), cache=cache,
@@ -907,10 +907,6 @@ class Service:
         except TimeoutError:
             raise Refused(408, "too_slow", f"the body took more than {self.limits.read_s:g} s") from None
 
-    async def aside(self, function: Callable[[], T]) -> T:
-        """In a thread: it waits for the disk."""
-        return await _aside(function, limiter=self.planners)
-
     async def _json(self, request: Request) -> Any:
         body = bytearray()
         # what Content-Length says is not trusted
@@ -927,7 +923,7 @@ class Service:
         if not 1 <= len(boundary) <= 70:
             raise Refused(400, "bad_form", "the form needs a boundary of 1 to 70 characters")
         # the file is large: a queue that is full need not receive it
-        await _aside(self.require_room, None)
+        await aside(self.require_room, None)
         if self.receiving >= self.limits.uploads:
             raise Refused(429, "too_many_uploads", f"{self.receiving} uploads are under way; try again later",
                           retry_s=RETRY_S)  # fmt: skip
@@ -935,7 +931,7 @@ class Service:
         form = Form(boundary, self.limits, self.uploads)
         try:
             async for piece in request.stream():
-                await _aside(form.write, piece)
+                await aside(form.write, piece)
             if not form.complete:
                 raise Refused(400, "bad_form", "the form ends in the middle; send it whole")
         except BaseException:
@@ -952,7 +948,7 @@ class Service:
             version, silent_since = -1, time.monotonic()
             while not self.stopping():
                 try:
-                    job = await _aside(self.find, id)
+                    job = await aside(self.find, id)
                 except Refused:
                     yield f"event: deleted\ndata: {DeletedVideo(id=id).model_dump_json()}\n\n"
                     return
@@ -1088,7 +1084,7 @@ def _add_creation(app: FastAPI, service: Service) -> None:
         incoming = form.upload if form else None
         try:
             limiter = service.decoders if incoming else service.planners
-            job = await _aside(service.create, values, incoming, limiter=limiter)
+            job = await aside(service.create, values, incoming, limiter=limiter)
         finally:
             if form:
                 form.discard()
@@ -1134,7 +1130,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     )  # fmt: skip
     async def watch_video(id: str, request: Request) -> Response:
         """Server-sent events: the video whenever it has changed, until it has ended."""
-        job = await _aside(service.find, id)
+        job = await aside(service.find, id)
         # browsers reconnect after the end; this stops them
         if job.ended and request.headers.get("last-event-id") == str(job.version):
             return Response(status_code=204)
@@ -1269,7 +1265,7 @@ def _nameless(path: Path, error: InputError) -> str:
     return printable(str(error).replace(str(path), UPLOAD), MAX_MESSAGE)
 
 
-async def _aside(function: Callable[..., T], *arguments: Any, limiter: CapacityLimiter | None = None) -> T:
+async def aside(function: Callable[..., T], *arguments: Any, limiter: CapacityLimiter | None = None) -> T:
     """In a thread; when the server stops, without waiting for it."""
     call = partial(function, *arguments)
     return await to_thread.run_sync(call, abandon_on_cancel=True, limiter=limiter)

@@ -31,7 +31,7 @@ from vidkv.apps.api import (
     Refused,
     Service,
     Video,
-    _aside,
+    aside,
     faulty,
     require_workers,
 )
@@ -55,7 +55,7 @@ from vidkv.models.checkpoints.folders import read_json
 from vidkv.models.families.base import ModelEntry
 from vidkv.models.registry import canonical_prompt
 from vidkv.models.vae import pixel_frames
-from vidkv.planning import Plan, cache_spec, compute_dtype, pick_device, plan
+from vidkv.planning import Plan, cache_spec, compute_dtype, first_chunk_frames, pick_device, plan
 from vidkv.prompts import PromptSchedule
 from vidkv.request import VideoRequest, shown
 from vidkv.segments import segment_paths
@@ -228,10 +228,8 @@ class Side:
         geometry = CacheGeometry.of_model(config, *latent_size(entry, *size), entry.chunk_frames)
         dtype = compute_dtype(device)
         page = planned_pools(spec, geometry, dtype)["pages"][0].bytes_per_page()
-        # a picture is a chunk of its own where it is not held inside the first one
-        alone = request.image is not None and not entry.image_held
         return cls(
-            job, request, entry, spec, size, 1 if alone else entry.first_chunk_frames or entry.chunk_frames,
+            job, request, entry, spec, size, first_chunk_frames(request, entry) or entry.chunk_frames,
             _timeline(service.show(job)), str(grammar) if grammar else None, page * geometry.layers,
             planned_bytes(spec, geometry, dtype),
         )  # fmt: skip
@@ -730,7 +728,7 @@ def add_compare_routes(app: FastAPI, service: Service) -> None:
         require_workers(service)
         values, form = await service.receive(request)
         try:
-            return await _aside(queue_pair, service, values, form.upload if form else None, limiter=planners)
+            return await aside(queue_pair, service, values, form.upload if form else None, limiter=planners)
         finally:
             if form:
                 form.discard()
@@ -745,8 +743,8 @@ def add_compare_routes(app: FastAPI, service: Service) -> None:
         ] = 0,
     ) -> Compared:
         """How far two videos of one size are apart, over the chunks that both have finished."""
-        comparison = await _aside(comparisons.advanced, a, b, WORK_S, limiter=limiter)
-        return await _aside(comparison.show, after, world)
+        comparison = await aside(comparisons.advanced, a, b, WORK_S, limiter=limiter)
+        return await aside(comparison.show, after, world)
 
     sent = {"content": {"text/html": {"schema": {"type": "string"}}}, "description": "A page of its own"}
 
@@ -758,8 +756,8 @@ def add_compare_routes(app: FastAPI, service: Service) -> None:
         """The comparison as one HTML file without links to elsewhere."""
         from vidkv.apps.compare_report import comparison_report
 
-        comparison = await _aside(comparisons.advanced, a, b, REPORT_S, limiter=limiter)
-        page = await _aside(comparison_report, comparison, limiter=limiter)
+        comparison = await aside(comparisons.advanced, a, b, REPORT_S, limiter=limiter)
+        page = await aside(comparison_report, comparison, limiter=limiter)
         # both ids are of letters, digits, dots, _ and - alone
         name = f"compare-{comparison.a.job.id}-{comparison.b.job.id}.html"
         headers = {

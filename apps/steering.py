@@ -13,6 +13,7 @@ from vidkv.apps.api import (
     Refused,
     Service,
     Video,
+    aside,
     faulty,
     require_workers,
 )
@@ -146,7 +147,7 @@ def add_steering_routes(app: FastAPI, service: Service) -> None:
                 )
             return service.show(store.steer(id, wanted.prompt, wanted.switch))
 
-        return await service.aside(act)
+        return await aside(act, limiter=service.planners)
 
     @app.post(
         "/v1/videos/{id}/branch", responses=faulty(404, 409, 413, 415, 429, 507),
@@ -164,7 +165,7 @@ def add_steering_routes(app: FastAPI, service: Service) -> None:
             branch = Branch(**wanted.model_dump())
             return service.show(store.branch(id, branch, most=service.limits.queue))
 
-        return await service.aside(act)
+        return await aside(act, limiter=service.planners)
 
     @app.get("/v1/videos/{id}/log", responses=faulty(404, 422))
     def get_log(id: str, after: Annotated[int, Query(ge=0, lt=2**62)] = 0) -> Log:
@@ -186,7 +187,7 @@ def add_steering_routes(app: FastAPI, service: Service) -> None:
     async def estimate_video(request: Request) -> Estimate:
         """What a video would take, without making it."""
         values = await service.fields(request)
-        return await service.aside(lambda: estimate(service, service.read(values).request))
+        return await aside(lambda: estimate(service, service.read(values).request), limiter=service.planners)
 
 
 def estimate(service: Service, request: VideoRequest) -> Estimate:

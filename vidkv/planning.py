@@ -71,7 +71,7 @@ class Plan:
     @property
     def first_chunk_frames(self) -> int | None:
         """Latent frames of the first chunk where it differs."""
-        return _first_chunk_frames(self.request, self.entry)
+        return first_chunk_frames(self.request, self.entry)
 
     @property
     def chunks(self) -> int:
@@ -180,7 +180,7 @@ def plan(request: VideoRequest, settings: EngineSettings | None = None) -> Plan:
     schedule = PromptSchedule.of(request.prompts, canonical_prompt(str(grammar) if grammar else None))
     device = pick_device(settings.device)
     frames = frames_for(request.seconds, entry.fps)
-    _check_switches(schedule, entry, frames, _first_chunk_frames(request, entry))
+    _check_switches(schedule, entry, frames, first_chunk_frames(request, entry))
     if request.steps is not None:
         FlowSchedule().with_steps(request.steps)
     if request.guidance is not None:
@@ -336,7 +336,7 @@ def _check_choices(request: VideoRequest, settings: EngineSettings) -> None:
         Tiling(*settings.tile)
 
 
-def _first_chunk_frames(request: VideoRequest, entry: ModelEntry) -> int | None:
+def first_chunk_frames(request: VideoRequest, entry: ModelEntry) -> int | None:
     """Latent frames of the first chunk where it differs: an image is a chunk of its own."""
     return 1 if request.image and not entry.image_held else entry.first_chunk_frames
 

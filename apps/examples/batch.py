@@ -21,7 +21,9 @@ PROMPT = "a green triangle bouncing behind a bar"
 def main(out: Path, seconds: float, seeds: list[int], cache: str) -> None:
     with JobStore(out) as store, ThreadPoolExecutor(1) as pool:
         requests = [
-            VideoRequest(prompt=PROMPT, seconds=seconds, seed=seed, cache=cache, id=f"seed-{seed}")
+            VideoRequest.of(
+                {"prompt": PROMPT, "seconds": seconds, "seed": seed, "cache": cache, "id": f"seed-{seed}"}
+            )
             for seed in seeds
         ]
         jobs = [store.submit(request, again=True) for request in requests]

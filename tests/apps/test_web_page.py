@@ -194,8 +194,8 @@ class TestPage:
     def test_markup_in_a_prompt_stays_text(self, service: Service) -> None:
         page = Page(service)
         form = filled(prompt="<img src=x onerror=alert(1)> ${1 + 1} {{value}}")
+        assert "&lt;img src" in page.weigh(*form)[0]
         for answer in (page.create(*form), page.weigh(*form)[0]):
-            assert "img src" in answer
             assert "<img" not in answer and "${" not in answer and "{{" not in answer
 
     def test_a_full_queue(self, service: Service) -> None:

@@ -717,6 +717,15 @@ class TestIndex:
         with JobStore(tmp_path) as store:
             assert [job.id for job in store.jobs()] == ["a"]
 
+    def test_of_another_version_is_made_anew(self, tmp_path: Path) -> None:
+        with JobStore(tmp_path) as store:
+            submit(store, "a")
+            store._execute("ALTER TABLE jobs DROP COLUMN keep")
+            store._execute("PRAGMA user_version = 1")
+        with JobStore(tmp_path) as store:
+            assert [(job.id, job.keep) for job in store.jobs()] == [("a", False)]
+            assert submit(store, "b").state is State.QUEUED
+
     def test_opened_by_many_at_once_when_damaged(self, tmp_path: Path) -> None:
         """One of them makes it anew, the others take what it made: all see one index."""
         with JobStore(tmp_path) as store:

@@ -21,6 +21,8 @@ from vidkv.jobs.folder import JobFolder
 from vidkv.request import below
 
 HOME = ".vidkv"
+LAYOUT = 2
+"""Raised when rows change: an index of another layout is made anew from the folders."""
 BUSY_S = 30.0
 """How long to wait for another process that is writing the index."""
 
@@ -52,7 +54,7 @@ WAITING = (State.QUEUED, State.PAUSED)
 
 
 class _Damaged(Exception):
-    """The index file is none."""
+    """The index file is none, or not of this layout."""
 
 
 @dataclass(frozen=True)
@@ -301,7 +303,11 @@ class Index:
             connection.execute("PRAGMA synchronous = NORMAL")
             if connection.execute("PRAGMA quick_check").fetchone()[0] != "ok":
                 raise _Damaged("the index is damaged")
+            made_by = connection.execute("PRAGMA user_version").fetchone()[0]
+            if made_by != LAYOUT and connection.execute("SELECT 1 FROM sqlite_master").fetchone():
+                raise _Damaged("another version of vidkv has made the index")
             connection.executescript(_TABLE)
+            connection.execute(f"PRAGMA user_version = {LAYOUT}")
             self._connection = connection
             self._rebuild_rows()
         except BaseException as error:
