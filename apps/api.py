@@ -738,7 +738,7 @@ class Service:
             QueueFull: there is no room for a job that is not here.
         """
         counts = self.store.counts()
-        waiting = counts[State.QUEUED] + counts[State.RUNNING]
+        waiting = counts[State.QUEUED] + counts[State.RUNNING] + counts[State.PAUSED]
         if waiting >= self.limits.queue:
             with contextlib.suppress(InputError):
                 if id is not None:
@@ -955,7 +955,8 @@ class Service:
                 now = time.monotonic()
                 if job.version != version:
                     version, silent_since = job.version, now
-                    yield f"id: {version}\ndata: {self.show(job).model_dump_json()}\n\n"
+                    shown = await aside(self.show, job)
+                    yield f"id: {version}\ndata: {shown.model_dump_json()}\n\n"
                 elif now - silent_since >= self.limits.keepalive_s:
                     silent_since = now
                     yield ": still there\n\n"
@@ -1088,7 +1089,7 @@ def _add_creation(app: FastAPI, service: Service) -> None:
         finally:
             if form:
                 form.discard()
-        return service.show(job)
+        return await aside(service.show, job)
 
 
 def _add_routes(app: FastAPI, service: Service) -> None:

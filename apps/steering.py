@@ -216,9 +216,9 @@ def settings_of(service: Service, job: Job) -> VideoSettings:
     folder = service.store.folder(job)
     original, engine = folder.request()
     request = original.steered(folder.steered())
-    planned = plan(request, engine)
+    planned = plan(request, engine, fits=False)
     if job.state is State.DONE and job.result.get("ended_early"):
-        planned = plan(request.ended(job.frames / planned.entry.fps), engine)
+        planned = plan(planned.ended(job.done, job.frames), engine, fits=False)
     written = read_metadata(service.store.file(job)) if job.state is State.DONE else {}
     body = planned.request.model_dump(
         mode="json", exclude_unset=True, exclude={"id", "out", "image", "video"}

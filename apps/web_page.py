@@ -11,18 +11,20 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import gradio as gr
 from fastapi import FastAPI
 from fastapi.responses import FileResponse
+from gradio.blocks import Block
 from gradio.themes import Base
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.routing import BaseRoute, Match, Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vidkv.apps.api import Refused, Service, installed
+from vidkv.apps.api import ApiLimits, Refused, Service, installed
 from vidkv.apps.compare import queue_pair
 from vidkv.apps.steering import estimate
 from vidkv.apps.web_form import (
@@ -58,6 +60,11 @@ WEB = Path(__file__).resolve().parent / "web"
 TYPES = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml", ".png": "image/png"}
 OWN_PATHS = ("/v1/", "/page/")
 """Below these the page answers nothing: a wrong address is an error of the API, not one of Gradio."""
+CLOSED = ("/monitoring", "/gradio_api/deep_link", "/gradio_api/proxy", "/gradio_api/stream")
+"""Routes of Gradio that the page does not need."""
+UPLOAD_PATH = "/gradio_api/upload"
+FORM_BYTES = 2**16
+"""Of a form around a file."""
 KINDS = [".png", ".jpg", ".jpeg", ".webp", ".mp4", ".mov", ".mkv", ".webm"]
 EXAMPLE_NAMES = ("Two shapes bounce", "Behind a bar", "The camera pans", "It turns blue")
 """Short for `EXAMPLES`, in their order."""
@@ -102,16 +109,41 @@ def mount(app: FastAPI, service: Service) -> None:
     # Gradio asks for a running loop and otherwise leaves one of its own behind
     asyncio.run(_add_gradio(app, service))
     mounted = cast(Mount, app.router.routes.pop())
-    app.router.routes.append(cast(BaseRoute, Rest("/", Shell(mounted.app, HEAD))))
+    app.router.routes.append(cast(BaseRoute, Rest("/", Shell(mounted.app, HEAD, service.limits))))
+
+
+def uploads_of(service: Service) -> Path:
+    """Where files lie that were chosen in the form."""
+    return service.store.home.resolve() / "page"
 
 
 async def _add_gradio(app: FastAPI, service: Service) -> None:
-    with _uploading_to(service.store.home.resolve() / "page"):
+    with _uploading_to(uploads_of(service)):
         blocks = build(service)
+        for block in blocks.blocks.values():
+            # of a page that was not launched but mounted, Gradio copies or fetches whatever a client names
+            block.async_move_resource_to_block_cache = partial(_uploaded, block)
+            block.move_resource_to_block_cache = partial(_named, block)
         gr.mount_gradio_app(
             app, blocks, path="/", footer_links=[], run_history=False, ssr_mode=False, show_error=True,
             max_file_size=service.limits.upload_bytes, theme=theme(), pwa=False,
         )  # fmt: skip
+
+
+async def _uploaded(block: Block, path: str | None) -> str | None:
+    """A file that was uploaded to this page, where it is; nothing else is taken."""
+    return _named(block, path)
+
+
+def _named(block: Block, path: str | None) -> str | None:
+    if path is None:
+        return None
+    folder, file = Path(block.GRADIO_CACHE).resolve(), Path(path).resolve()
+    if folder not in file.parents:
+        raise gr.Error("a file that was not uploaded here was named; choose it in the form")
+    # deleted once it is old
+    block.temp_files.add(str(file))
+    return str(file)
 
 
 @contextlib.contextmanager
@@ -132,22 +164,26 @@ class Rest(Mount):
     """Everything that is not below `OWN_PATHS`."""
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        if scope["type"] == "http" and scope["path"].startswith(OWN_PATHS):
+        if scope["type"] == "http" and scope["path"].startswith((*OWN_PATHS, *CLOSED)):
             return Match.NONE, {}
         return super().matches(scope)
 
 
 class Shell:
-    """Puts the page's own head into Gradio's first answer, where it works before anything is drawn.
+    """Puts the page's own head into Gradio's first answer, where it works before anything is drawn, and keeps
+    uploads to it within limits.
 
     Args:
         head: HTML.
     """
 
-    def __init__(self, app: ASGIApp, head: str) -> None:
-        self.app, self.head = app, head.encode()
+    def __init__(self, app: ASGIApp, head: str, limits: ApiLimits) -> None:
+        self.app, self.head, self.limits, self.receiving = app, head.encode(), limits, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].startswith(UPLOAD_PATH):
+            await self._upload(scope, receive, send)
+            return
         if scope["type"] != "http" or scope["path"] != "/":
             await self.app(scope, receive, send)
             return
@@ -168,6 +204,27 @@ class Shell:
             await self._answer(start, bytes(body), send)
 
         await self.app({**scope, "headers": kept}, receive, collect)
+
+    async def _upload(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Few at a time, and none that is larger in all than one file may be.
+
+        Raises:
+            Refused: it is not taken.
+        """
+        length = Headers(scope=scope).get("content-length", "")
+        if scope["method"] == "POST":
+            if not length.isdecimal():
+                raise Refused(411, "no_length", "send Content-Length")
+            if int(length) > self.limits.upload_bytes + FORM_BYTES:
+                most = f"{self.limits.upload_bytes:,}"
+                raise Refused(413, "too_large", f"the file has more than {most} bytes; scale or cut it down")
+            if self.receiving >= self.limits.uploads:
+                raise Refused(429, "too_many_uploads", f"{self.receiving} uploads are under way", retry_s=5)
+        self.receiving += 1
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self.receiving -= 1
 
     async def _answer(self, start: Message, body: bytes, send: Send) -> None:
         if Headers(raw=start["headers"]).get("content-type", "").startswith("text/html"):
@@ -190,6 +247,7 @@ class Page:
 
     def __init__(self, service: Service) -> None:
         self.service = service
+        self.uploads = uploads_of(service)
         self.device = pick_device(service.settings.device)
 
     def create(self, *given: Any) -> str:
@@ -211,6 +269,8 @@ class Page:
     def _submit(self, values: dict[str, Any], upload: str | None) -> Any:
         if not upload:
             return self.service.create(values)
+        if self.uploads not in Path(upload).resolve().parents:
+            raise Refused(422, "invalid_media", "a file that was not uploaded here was named", "upload")
         incoming = self.service.uploads.receive(self.service.limits.upload_bytes)
         try:
             with open(upload, "rb") as file:

@@ -82,6 +82,15 @@ class Plan:
         before = latents_before(chunk, self.entry.chunk_frames, self.first_chunk_frames)
         return min(self.frames, pixel_frames(before))
 
+    def begins(self, chunk: int) -> float:
+        """The second at which a chunk begins, whether the video is that long or not."""
+        before = latents_before(chunk, self.entry.chunk_frames, self.first_chunk_frames)
+        return pixel_frames(before) / self.entry.fps
+
+    def ended(self, chunks: int, frames: int) -> VideoRequest:
+        """The request of what there is of a video that was ended early."""
+        return self.request.lasting(frames / self.entry.fps, self.begins(chunks - 1))
+
     @property
     def size(self) -> tuple[int, int]:
         """Height and width in pixels."""
@@ -164,8 +173,11 @@ class Plan:
         }
 
 
-def plan(request: VideoRequest, settings: EngineSettings | None = None) -> Plan:
+def plan(request: VideoRequest, settings: EngineSettings | None = None, *, fits: bool = True) -> Plan:
     """Check everything that can be checked without weights.
+
+    Args:
+        fits: whether the memory that is free now counts, see `require_room`.
 
     Raises:
         InputError, CheckpointError, ResourceError: the first thing wrong, with its remedy.
@@ -197,9 +209,21 @@ def plan(request: VideoRequest, settings: EngineSettings | None = None) -> Plan:
         placement=OFFLOADS[settings.offload], guidance=_lasting_guidance(request, entry, config),
         overlap=device == "cuda",
     )  # fmt: skip
-    allowed = {"kv-format", "window", "size", "weights"} | ({"offload"} if device == "cuda" else set())
-    check_fits(memory, usable_bytes(device), device, allowed)
-    return Plan(request, settings, entry, folder, schedule, spec, device, frames, memory)
+    found = Plan(request, settings, entry, folder, schedule, spec, device, frames, memory)
+    if fits:
+        require_room(found)
+    return found
+
+
+def require_room(plan: Plan) -> None:
+    """Refuse what does not fit into the memory that is free now.
+
+    Raises:
+        ResourceError: with the numbers, and settings that would fit.
+    """
+    offload = {"offload"} if plan.device == "cuda" else set()
+    allowed = {"kv-format", "window", "size", "weights"} | offload
+    check_fits(plan.memory, usable_bytes(plan.device), plan.device, allowed)
 
 
 def load_pipeline(plan: Plan) -> CausalVideoPipeline:

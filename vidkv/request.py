@@ -238,9 +238,13 @@ class VideoRequest(BaseModel):
         """With other prompts: (second, prompt) or (second, prompt, switch), the first at 0."""
         return self.model_copy(update={"prompt": timed[0][1], "schedule": tuple(timed[1:])})
 
-    def ended(self, seconds: float) -> VideoRequest:
-        """The request of what there is of a video that was ended early."""
-        shown = [entry for entry in self.prompts if entry[0] < seconds]
+    def lasting(self, seconds: float, last: float) -> VideoRequest:
+        """Of another length, without prompts that would never be shown.
+
+        Args:
+            last: where its last chunk begins.
+        """
+        shown = [entry for entry in self.prompts if entry[0] <= last + 1e-9]
         return self.scheduled(shown).model_copy(update={"seconds": seconds})
 
     @classmethod

@@ -87,6 +87,12 @@ class VideoStream(Iterator[Chunk]):
         """Where in the video the next chunk begins."""
         return pixel_frames(self.rollout.next_frame) / self.pipe.fps
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether the next chunk's prompt has taken over already, and with it what it made of the history."""
+        chunk = self.rollout.chunk
+        return bool(self._texts) and chunk > 0 and self._texts != self._wanted(chunk - 1)
+
     def steer(self, prompt: str, switch: Switch | None = None) -> float:
         """Change the prompt from the next chunk on, as a schedule could have said from the beginning.
 

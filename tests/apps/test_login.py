@@ -78,3 +78,10 @@ def test_programs_are_told_and_not_sent_to_a_page(tmp_path: Path) -> None:
         for path in ("/", "/v1/videos"):
             assert api.ask("GET", path).status == 401
         assert api.ask("GET", "/v1/videos", headers=HTML).status == 401
+
+
+@pytest.mark.parametrize("others", ["foo", "a b=1", "path=/x", 'theme={"a":1}', "=", ";;", "\xff=\xfe"])
+def test_cookies_of_other_programs_on_this_host_do_no_harm(tmp_path: Path, others: str) -> None:
+    with opened(tmp_path, token=TOKEN) as api:
+        held = f"{others}; {COOKIE}={session_of(TOKEN)}; more"
+        assert api.ask("GET", "/v1/videos", headers=[("cookie", held)]).status == 200

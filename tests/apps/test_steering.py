@@ -267,11 +267,13 @@ def pictures(path: Path) -> list[bytes]:
         return [frame.to_ndarray(format="rgb24").tobytes() for frame in container.decode(video=0)]
 
 
-def test_a_paused_job_is_none_that_the_queue_counts(tmp_path: Path) -> None:
+def test_a_paused_job_keeps_its_place_in_the_queue(tmp_path: Path) -> None:
     from dataclasses import replace
 
     with opened(tmp_path / "renders", replace(QUICK, queue=1)) as api:
         api.post(**ONE_SECOND, id="a")
         post(api, "a/pause")
-        api.post(**ONE_SECOND, id="b")
+        api.post(**ONE_SECOND, id="b", expect=429)
         assert api.store.get("a").state is State.PAUSED
+        post(api, "a/finish")
+        api.post(**ONE_SECOND, id="b")

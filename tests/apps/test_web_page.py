@@ -329,3 +329,74 @@ class TestServed:
 def test_pages_of_other_sites_may_not_ask(client: TestClient) -> None:
     for path in ("/", "/gradio_api/queue/join", "/page/page.js"):
         assert client.get(path, headers={"Origin": "http://evil.example"}).status_code == 403
+
+
+class TestWhatIsNotUploaded:
+    """Clients name files where a form expects a text or an upload: nothing is read, copied or fetched."""
+
+    @pytest.fixture(autouse=True)
+    def no_fetch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        async def fetched(*args: Any, **kwargs: Any) -> str:
+            raise AssertionError(f"fetched {args}")
+
+        monkeypatch.setattr("gradio.processing_utils.async_ssrf_protected_download", fetched)
+
+    @pytest.mark.parametrize("stream", [False, True], ids=["file", "stream"])
+    @pytest.mark.parametrize("kind", ["text", "picture", "address"])
+    def test_of_every_event_and_every_field(
+        self, client: TestClient, tmp_path: Path, kind: str, stream: bool
+    ) -> None:
+        secret = tmp_path / "elsewhere" / ("secret.png" if kind == "picture" else "secret.txt")
+        secret.parent.mkdir()
+        if kind == "picture":
+            Image.new("RGB", (64, 64), "red").save(secret)
+        else:
+            secret.write_text("top secret")
+        named = "http://files.example/secret.png" if kind == "address" else str(secret)
+        value = {"path": named, "is_stream": stream, "meta": {"_type": "gradio.FileData"}}
+        config = client.get("/config").json()
+        parts = {part["id"]: part for part in config["components"]}
+        asked = 0
+        for event in config["dependencies"]:
+            if not event["backend_fn"]:
+                continue
+            base = [parts[i]["props"].get("value") for i in event["inputs"]]
+            for at, number in enumerate(event["inputs"]):
+                if parts[number]["type"] == "state":
+                    continue
+                data = [value if i == at else given for i, given in enumerate(base)]
+                body = {"fn_index": event["id"], "data": data, "session_hash": "s"}
+                answer = client.post("/gradio_api/run/predict", json=body)
+                asked += 1
+                assert "top secret" not in answer.text
+                if not stream:
+                    assert answer.status_code != 200, (event["id"], at)
+        assert asked > 20
+        kept = [path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()]
+        assert not any(secret.read_bytes() == data for data in kept)
+
+    def test_a_picture_that_was_not_uploaded_starts_nothing(self, service: Service, tmp_path: Path) -> None:
+        Image.new("RGB", (64, 64), "red").save(tmp_path / "mine.png")
+        answer = Page(service).create(*filled(upload=str(tmp_path / "mine.png")))
+        assert "was not uploaded here" in answer and service.store.jobs() == []
+
+    def test_uploads_have_limits(self, tmp_path: Path) -> None:
+        limits = ApiLimits(upload_bytes=1000)
+        with JobStore(tmp_path / "out") as store:
+            app = create_app(store, settings=EngineSettings(device="cpu"), token=None, limits=limits)
+            web_page.mount(app, app.state.service)
+            with TestClient(app, base_url=f"http://{HOST}") as client:
+                large = client.post("/gradio_api/upload", files={"files": ("a.png", b"x" * 100_000)})
+                assert large.status_code == 413 and "1,000 bytes" in large.json()["error"]["message"]
+                small = client.post("/gradio_api/upload", files={"files": ("a.png", b"x" * 900)})
+                assert small.status_code == 200
+                endless = client.post("/gradio_api/upload", content=iter([b"x"]))
+                assert endless.status_code == 411
+
+    @pytest.mark.parametrize(
+        "path",
+        ["/monitoring", "/monitoring/summary", "/gradio_api/deep_link", "/gradio_api/stream/a/b/c/d",
+         "/gradio_api/proxy=http://files.example/"],
+    )  # fmt: skip
+    def test_routes_that_the_page_does_not_need_are_closed(self, client: TestClient, path: str) -> None:
+        assert client.get(path).status_code == 404

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -25,11 +26,12 @@ from tests.jobs.test_run import (
     model,
     pictures,
 )
-from vidkv.errors import Cancelled, InputError, PromptError, StateError
+from vidkv.errors import Cancelled, InputError, OutputError, PromptError, ResourceError, StateError
+from vidkv.jobs import run
 from vidkv.jobs.branch import Branch, finished_chunks
 from vidkv.jobs.folder import JobFolder
 from vidkv.jobs.run import Options, Paused, Progress
-from vidkv.jobs.store import Job, JobStore, QueueFull, State
+from vidkv.jobs.store import MAX_WAITING, Job, JobStore, QueueFull, State
 from vidkv.jobs.worker import Orders, Worker
 from vidkv.request import EngineSettings, VideoRequest
 from vidkv.segments import probe, read_metadata
@@ -60,13 +62,13 @@ def keep(bench: Bench, id: str = "kept", **request: Any) -> Job:
     return bench.store.submit(whole, EngineSettings(device="cpu"), keep=True)
 
 
-def finish(bench: Bench, job: Job, options: Options = OFTEN, **run: Any) -> Job:
+def finish(bench: Bench, job: Job, options: Options = OFTEN, **how: Any) -> Job:
     """Run a job to its end as a worker would."""
     taken = bench.store.claim_next("w", lambda other: other.id == job.id)
     assert taken is not None and taken[0].id == job.id
     _, claim = taken
     claim.release()
-    bench.store.finish(taken[0], bench.run(bench.store.folder(job), options, **run))
+    bench.store.finish(taken[0], bench.run(bench.store.folder(job), options, **how))
     return bench.store.get(job.id)
 
 
@@ -134,6 +136,50 @@ class TestPrompt:
         done = finish(bench, job)
         assert len(bench.store.folder(job).steered()) == 1
         equal(bench, done, schedule=[[21 / 16, OTHER]])
+
+    def test_killed_before_the_wish_was_deleted(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What has taken over does not do so again, however many follow it."""
+        folder, unlink = JobFolder(tmp_path), Path.unlink
+        folder.ask_for_prompt(OTHER, None)
+        names = [name for name, _, _ in folder.wanted_prompts()]
+
+        def killed(self: Path, *args: Any, **options: Any) -> None:
+            if self.parent.name == "steering":
+                raise Killed
+            unlink(self, *args, **options)
+
+        monkeypatch.setattr(Path, "unlink", killed)
+        with pytest.raises(Killed):
+            folder.steer([(0.5, OTHER, None)], names)
+        monkeypatch.undo()
+        folder.ask_for_prompt(THIRD, None)
+        [(name, prompt, _)] = folder.wanted_prompts()
+        assert prompt == THIRD
+        folder.steer([(0.5, OTHER, None), (1.0, THIRD, None)], [name])
+        assert folder.wanted_prompts() == []
+        assert os.listdir(tmp_path / "steering") == []
+
+    def test_no_endless_wishes(self, bench: Bench) -> None:
+        job = keep(bench)
+        for _ in range(MAX_WAITING):
+            bench.store.folder(job).ask_for_prompt(OTHER, None)
+        with pytest.raises(InputError, match=f"{MAX_WAITING} prompts of 'kept' wait"):
+            bench.store.steer(job.id, OTHER)
+
+    def test_memory_that_the_job_itself_holds_is_none_that_is_missing(
+        self, bench: Bench, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        done = finish(bench, keep(bench, "done"))
+        job = keep(bench)
+        monkeypatch.setattr("vidkv.planning.usable_bytes", lambda device: 1)
+        bench.store.steer(job.id, OTHER)
+        bench.store.branch(done.id, Branch(more_seconds=1))
+        with pytest.raises(ResourceError, match="needs"):
+            keep(bench, "another")
+        # networks that are loaded already are no reason either
+        assert finish(bench, job).state is State.DONE
 
     def test_of_several_the_last_one_holds_and_before_the_first_chunk_it_replaces_the_prompt(
         self, bench: Bench
@@ -216,6 +262,20 @@ class TestPause:
         assert (paused.state, paused.done, paused.worker) == (State.PAUSED, 2, None)
         assert store.cancel(job.id).state is State.CANCELLED
 
+    @pytest.mark.parametrize("end", ["held", "dead"])
+    def test_one_that_is_to_stop_does_not_wait(self, bench: Bench, end: str) -> None:
+        job, store = keep(bench), bench.store
+        taken = store.claim_next("w")
+        assert taken is not None
+        store.pause(job.id)
+        store.cancel(job.id)
+        if end == "held":
+            store.hold(taken[0])
+        else:
+            taken[1].release()
+            store.recover()
+        assert store.get(job.id).state is State.CANCELLED
+
     def test_survives_the_index(self, bench: Bench) -> None:
         job = keep(bench)
         bench.store.pause(job.id)
@@ -248,6 +308,36 @@ class TestStop:
         monkeypatch.setattr("vidkv.jobs.run.load_pipeline", None)
         done = finish(bench, job)
         assert done.frames == 21 and probe(bench.store.file(done)).frames == 21
+
+    @pytest.mark.parametrize("options", [OFTEN, SELDOM], ids=["checkpoints", "at the end alone"])
+    @pytest.mark.parametrize("switch", ["recache", "flush"])
+    def test_in_a_chunk_whose_prompt_has_taken_over(
+        self, bench: Bench, monkeypatch: pytest.MonkeyPatch, switch: str, options: Options
+    ) -> None:
+        """The switch has changed the history for a chunk that is never finished: a branch must not see it."""
+        job, check = keep(bench, schedule=[[45 / 16, THIRD, switch]]), run._Work._check
+
+        def stopped(self: Any, chunk: int, step: int) -> None:
+            if step >= 0 and chunk == 4:
+                bench.store.stop(job.id)
+            check(self, chunk, step)
+
+        monkeypatch.setattr(run._Work, "_check", stopped)
+        done = finish(bench, job, options)
+        monkeypatch.undo()
+        assert done.done == 4
+        child = bench.store.branch(done.id, Branch(prompt=OTHER, switch="keep", seconds=SECONDS))
+        equal(bench, finish(bench, child, options), schedule=[[45 / 16, OTHER, "keep"]])
+
+    def test_prompts_that_were_never_shown_are_no_part_of_it(self, bench: Bench) -> None:
+        """One lies behind the end, one in the last chunk, which had begun before it."""
+        job = keep(bench, seconds=60.0, schedule=[[2.5, OTHER], [30.0, THIRD]])
+        done = finish(bench, job, report=at_chunk(4, lambda: bench.store.stop(job.id)))
+        said = VideoRequest.of(json.loads(read_metadata(bench.store.file(done))["request"]))
+        assert said.schedule == ()
+        equal(bench, done, seconds=said.seconds)
+        longer = finish(bench, bench.store.branch(done.id, Branch(more_seconds=1.0)))
+        equal(bench, longer, seconds=45 / 16 + 1, schedule=[[2.5, OTHER]])
 
     def test_before_the_first_chunk_there_is_no_video(self, bench: Bench) -> None:
         job = keep(bench)
@@ -336,6 +426,32 @@ class TestBranch:
         child = bench.store.branch(done.id, Branch(chunk=5, prompt=OTHER))
         bench.kill(bench.store.folder(child), 6)
         equal(bench, finish(bench, child), schedule=[[57 / 16, OTHER]])
+
+    def test_when_the_index_knows_less_than_the_folder(self, bench: Bench) -> None:
+        job = keep(bench)
+        with pytest.raises(Paused):
+            bench.run(bench.store.folder(job), OFTEN, at_chunk(4, lambda: bench.store.pause(job.id)))
+        assert bench.store.get(job.id).frames == 0
+        child = bench.store.branch(job.id, Branch(more_seconds=1.0))
+        assert child.request["seconds"] == 45 / 16 + 1 and (child.done, child.frames) == (4, 45)
+        bench.store.close()
+        for path in (bench.root / ".vidkv").glob("jobs.sqlite*"):
+            path.unlink()
+        bench.store = JobStore(bench.root)
+        assert {(job.done, job.frames) for job in bench.store.jobs()} == {(4, 45)}
+
+    def test_one_that_cannot_be_filled_leaves_nothing(self, bench: Bench, monkeypatch: Any) -> None:
+        done = finish(bench, keep(bench))
+
+        def full(path: Path, folder: Path) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr("vidkv.jobs.branch._link", full)
+        with pytest.raises(OutputError, match="No space left"):
+            bench.store.branch(done.id, Branch(chunk=3, prompt=OTHER))
+        monkeypatch.undo()
+        assert [job.id for job in bench.store.jobs()] == ["kept"]
+        assert len(os.listdir(bench.root / ".vidkv" / "jobs")) == 1
 
     def test_of_light_ones(self, bench: Bench) -> None:
         done = finish(bench, keep(bench), LIGHT)

@@ -872,9 +872,10 @@ class Machine(RuleBasedStateMachine):
         """Its worker saw the mark, which may have been taken back since."""
         id = data.draw(st.sampled_from(sorted(self.running)))
         job, claim = self.running.pop(id)
+        cancelled = self.store.folder(job).marked("cancel")
         self.store.hold(job)
         claim.release()
-        self.states[id] = "paused" if id in self.pausing else "queued"
+        self.states[id] = "cancelled" if cancelled else "paused" if id in self.pausing else "queued"
 
     @rule(id=ids)
     def delete(self, id: str) -> None:
@@ -936,6 +937,7 @@ class Machine(RuleBasedStateMachine):
             return
         self.crashes[id] += 1
         waiting = "paused" if id in self.pausing else "queued"
+        waiting = "cancelled" if self.store.folder(job).marked("cancel") else waiting
         self.states[id] = waiting if self.crashes[id] < MAX_CRASHES else "failed"
         self.crashes[id] %= MAX_CRASHES
 

@@ -20,11 +20,12 @@ from vidkv.files import reason, sync_folder
 from vidkv.jobs.checkpoints import Checkpoints
 from vidkv.jobs.folder import JobFolder
 from vidkv.jobs.records import Records
-from vidkv.models.vae import pixel_frames
+from vidkv.pipeline import frames_for
 from vidkv.planning import Plan, plan
 from vidkv.prompts import Switch
+from vidkv.request import VideoRequest
 from vidkv.segments import segment_paths
-from vidkv.stream import latents_before
+from vidkv.stream import chunks_for
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,13 @@ def finished_chunks(folder: JobFolder) -> int:
     return min(len(segment_paths(folder.segments)), Records(folder.records).chunks)
 
 
-def plan_branch(folder: JobFolder, branch: Branch, id: str, frames: int) -> tuple[Plan, int]:
-    """The plan of a branch, and how many chunks it takes over.
+def plan_branch(folder: JobFolder, branch: Branch, id: str) -> tuple[Plan, int, int]:
+    """The plan of a branch, how many chunks it takes over, and how many of these are whole.
+
+    The last chunk of a video that has ended may have been cut; it is made again.
 
     Args:
         id: of the new job.
-        frames: that the old video has so far.
 
     Raises:
         InputError: there is nothing to take over, or nothing to make.
@@ -66,7 +68,8 @@ def plan_branch(folder: JobFolder, branch: Branch, id: str, frames: int) -> tupl
     """
     original, settings = folder.request()
     request = original.steered(folder.steered())
-    old = plan(request, settings)
+    # the video itself may hold the memory
+    old = plan(request, settings, fits=False)
     done = finished_chunks(folder)
     chunk = done if branch.chunk is None else branch.chunk
     if not 1 <= chunk <= done:
@@ -77,26 +80,35 @@ def plan_branch(folder: JobFolder, branch: Branch, id: str, frames: int) -> tupl
         )
     if branch.seconds is not None and branch.more_seconds is not None:
         raise InputError("give seconds or more_seconds, not both")
-    begun = pixel_frames(latents_before(chunk, old.entry.chunk_frames, old.first_chunk_frames))
-    second, fps = begun / old.entry.fps, old.entry.fps
+    fps, second = old.entry.fps, old.begins(chunk)
+    # the index may not know yet
+    frames = Records(folder.records).head(chunk - 1).frames
     if branch.more_seconds is not None:
-        seconds = min(frames, begun) / fps + branch.more_seconds
+        seconds = frames / fps + branch.more_seconds
     elif branch.seconds is not None:
         seconds = branch.seconds
     else:
         # one that was stopped by hand was to be this long
         seconds = request.seconds
-    timed = list(old.request.prompts)
+    if round(seconds * fps) <= frames:
+        raise InputError(
+            f"seconds={seconds:g}: nothing is left to make after the {frames / fps:g} seconds that are taken "
+            "over; give more_seconds"
+        )
+    timed = list(request.prompts)
     if branch.prompt is not None:
         timed = [entry for entry in timed if entry[0] < second - 1e-9]
         timed.append((second, branch.prompt, branch.switch))
-    if round(seconds * fps) <= min(frames, begun):
+    chunks = chunks_for(frames_for(seconds, fps), old.entry.chunk_frames, first=old.first_chunk_frames)
+    last = old.begins(chunks - 1)
+    if branch.prompt is not None and second > last:
         raise InputError(
-            f"seconds={seconds:g}: nothing is left to make after the {min(frames, begun) / fps:g} seconds "
-            "that are taken over; give more_seconds"
+            f"seconds={seconds:g}: the prompt takes over at second {second:g} and would never be shown; give "
+            "more_seconds"
         )
-    fresh = request.scheduled(timed).model_copy(update={"id": id, "seconds": seconds, "out": None})
-    return plan(type(request).of(fresh.model_dump(exclude_unset=True)), settings), chunk
+    fresh = request.scheduled(timed).lasting(seconds, last).model_copy(update={"id": id, "out": None})
+    new = plan(VideoRequest.of(fresh.model_dump(exclude_unset=True)), settings, fits=False)
+    return new, chunk, chunk if new.frames_before(chunk) <= frames else chunk - 1
 
 
 def take_over(parent: JobFolder, child: JobFolder, chunk: int) -> None:

@@ -127,6 +127,10 @@ class JobFolder:
             OutputError: the folder cannot be written.
         """
         with self._writing():
+            # a worker that was killed here has left some that are taken
+            old = (self._read("steered.json") or {}).get("taken", ())
+            left = [name for name in old if name not in taken and (self.path / "steering" / name).exists()]
+            taken = [*taken, *left]
             write_json(self.path / "steered.json", {"entries": entries, "taken": taken})
             for name in taken:
                 (self.path / "steering" / name).unlink(missing_ok=True)
@@ -159,6 +163,15 @@ class JobFolder:
             with contextlib.suppress(ValueError):
                 entries.append(json.loads(line))
         return entries, after + len(whole)
+
+    def make(self) -> None:
+        """Make the folder, which says nothing yet.
+
+        Raises:
+            OutputError: it cannot be made.
+        """
+        with self._writing():
+            self.path.mkdir(parents=True, exist_ok=True)
 
     def create(self, job: dict[str, Any]) -> None:
         """Make the folder with its `job.json`; what is there already stays.

@@ -18,6 +18,7 @@ from typing import Any, Self
 from vidkv.errors import InputError, OutputError, StateError, VidkvError
 from vidkv.files import reason
 from vidkv.jobs.folder import JobFolder
+from vidkv.jobs.records import Records
 from vidkv.request import below
 
 HOME = ".vidkv"
@@ -341,8 +342,16 @@ class Index:
                     if result is not None:
                         self._move(job["id"], State.RUNNING)
                         self._end(job["id"], result)
-                    elif self._folder(job["id"], job["key"]).marked("pause"):
+                        continue
+                    folder = self._folder(job["id"], job["key"])
+                    if folder.marked("pause"):
                         self._move(job["id"], State.PAUSED)
+                    records = Records(folder.records)
+                    with contextlib.suppress(StateError, KeyError):
+                        query = "UPDATE jobs SET done = ?, frames = ? WHERE id = ?"
+                        self._execute(
+                            query, records.chunks, records.head(records.chunks - 1).frames, job["id"]
+                        )
 
 
 def _job(row: dict[str, Any]) -> Job:

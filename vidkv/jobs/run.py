@@ -31,7 +31,7 @@ from vidkv.jobs.records import Head, Records, digest
 from vidkv.loading import find_model
 from vidkv.models.vae import pixel_frames
 from vidkv.pipeline import CausalVideoPipeline
-from vidkv.planning import Plan, load_pipeline, naming_shortage, open_stream, plan
+from vidkv.planning import Plan, load_pipeline, naming_shortage, open_stream, plan, require_room
 from vidkv.prompts import PromptSchedule
 from vidkv.request import EngineSettings, VideoRequest
 from vidkv.rollout import Chunk
@@ -134,7 +134,8 @@ class Runner:
         request, settings = folder.request()
         out = root / folder.job()["out"]
         begun = time.perf_counter()
-        planned = plan(request, settings)
+        # what is loaded still may have to go first, see `pipeline`
+        planned = plan(request, settings, fits=False)
         if planned.key != folder.job()["key"]:
             raise StateError(
                 f"job {planned.id} was submitted as {folder.job()['key'][:9]} and is {planned.key[:9]} now: "
@@ -142,7 +143,7 @@ class Runner:
             )
         key, steered = planned.key, folder.steered()
         if steered:
-            planned = plan(request.steered(steered), settings)
+            planned = plan(request.steered(steered), settings, fits=False)
         work = _Work(folder, claim, planned, out, self, key, steered)
         if work.finished():
             work.resumed_at = work.committed
@@ -180,6 +181,7 @@ class Runner:
             self._loaded = None
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+            require_room(planned)
             self._loaded = wanted, load_pipeline(planned)
         return self._loaded[1]
 
@@ -275,7 +277,7 @@ class _Work:
         head = self.records.head(chunks - 1)
         early = chunks < self.plan.chunks
         if early:
-            request = self.plan.request.ended(head.frames / self.plan.entry.fps)
+            request = self.plan.ended(chunks, head.frames)
             schedule = PromptSchedule.of(request.prompts)
             self.plan = replace(self.plan, request=request, schedule=schedule, frames=head.frames)
         metadata = self.plan.metadata() | {"job": self.key}
@@ -440,7 +442,7 @@ class _Work:
 
     def _keep_state(self, stream: VideoStream, always: bool = False) -> None:
         """A checkpoint of where this stands, if the job is to go on from there one day."""
-        wanted = (always or self.keep) and self.options.resume == "exact"
+        wanted = (always or self.keep) and self.options.resume == "exact" and not stream.has_begun
         if wanted and stream.rollout.chunk == self.committed and not stream.rollout.in_transition:
             # without it going on takes longer, that is all
             with contextlib.suppress(OutputError):

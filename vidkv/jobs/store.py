@@ -21,12 +21,14 @@ from vidkv.jobs.index import HOME, TRANSITIONS, WAITING, Index, Job, State
 from vidkv.jobs.run import Progress
 from vidkv.planning import KEY_ID, Plan, plan
 from vidkv.prompts import PromptSchedule, Switch
-from vidkv.request import EngineSettings, VideoRequest, below
+from vidkv.request import MAX_SCHEDULE, EngineSettings, VideoRequest, below
 from vidkv.segments import partial_video, read_metadata
 
-__all__ = ["HOME", "MAX_CRASHES", "TRANSITIONS", "Job", "JobStore", "QueueFull", "State"]
+__all__ = ["HOME", "MAX_CRASHES", "MAX_WAITING", "TRANSITIONS", "Job", "JobStore", "QueueFull", "State"]
 
 BACKOFF_S, MAX_BACKOFF_S = 2.0, 60.0
+MAX_WAITING = 100
+"""Prompts that may wait for the next chunk of a job."""
 LET_GO_S = 2.0
 """How long a worker may take to let go of a job that it has ended."""
 MAX_CRASHES = 5
@@ -125,8 +127,17 @@ class JobStore(Index):
                 "parent": parent,
             }
             folder = self._folder(planned.id, planned.key)
-            folder.create(job)
-            fill(folder)
+            # another host may have made it
+            ours = not folder.path.exists()
+            try:
+                # before it says what it is, or an index that is made anew would take up half of one
+                folder.make()
+                fill(folder)
+                folder.create(job)
+            except BaseException:
+                if ours:
+                    folder.remove()
+                raise
             self._insert(job)
             if finished:
                 query = "UPDATE jobs SET done = ?, frames = ? WHERE id = ?"
@@ -199,9 +210,15 @@ class JobStore(Index):
             raise InputError(f"id {id!r} stands for the settings; to steer a video give it an id of its own")
         folder = self.folder(job)
         request, settings = folder.request()
+        waiting = len(folder.wanted_prompts())
+        if waiting >= MAX_WAITING or len(request.schedule) + len(folder.steered()) + waiting >= MAX_SCHEDULE:
+            raise InputError(
+                f"{waiting} prompts of {id!r} wait for its next chunk and {len(folder.steered())} have taken "
+                "over; no more can be taken"
+            )
         # with all that can be wrong with a prompt
         PromptSchedule.of([(0.0, prompt, switch)])
-        plan(request.scheduled([(0.0, prompt)]), settings)
+        plan(request.scheduled([(0.0, prompt)]), settings, fits=False)
         folder.ask_for_prompt(prompt, switch)
         return job
 
@@ -224,10 +241,8 @@ class JobStore(Index):
         if most is not None:
             self._require_room(most, branch.id)
         folder = self.folder(job)
-        planned, chunk = plan_branch(folder, branch, branch.id or self._free_id(id), job.frames)
+        planned, chunk, whole = plan_branch(folder, branch, branch.id or self._free_id(id))
         fence = self.claims.newest(folder.path) + int((job.parent or {}).get("fence", 0))
-        # the last one of a video that has ended may have been cut: it is made again, whole
-        whole = chunk if planned.frames_before(chunk) <= job.frames else chunk - 1
         return self.submit_plan(
             planned, most=most, keep=True, parent={"id": id, "chunk": chunk, "fence": fence},
             fill=lambda child: take_over(folder, child, chunk), finished=whole,
@@ -375,7 +390,9 @@ class JobStore(Index):
     def hold(self, job: Job) -> None:
         """A running job waits as it was asked to."""
         self._move(job.id, State.PAUSED, only=State.RUNNING, worker=None)
-        if not self.folder(job).marked("pause"):
+        if self.folder(job).marked("cancel"):
+            self.cancel(job.id)
+        elif not self.folder(job).marked("pause"):
             # somebody has changed their mind meanwhile
             self.resume(job.id)
 
@@ -447,6 +464,8 @@ class JobStore(Index):
                 self.finish(job, {"state": State.FAILED.value, "error": error})
             else:
                 self._move(job.id, self._waiting(job), worker=None, crashes=crashes, crashed_at=job.done)
+        if folder.marked("cancel"):
+            self.cancel(job.id)
 
     # ------------------------------------------------------------------ inside
 
@@ -456,7 +475,7 @@ class JobStore(Index):
 
     def _require_room(self, most: int, id: str | None) -> None:
         unfinished = self._execute(
-            "SELECT count(*) FROM jobs WHERE state IN ('queued', 'running')"
+            "SELECT count(*) FROM jobs WHERE state IN ('queued', 'running', 'paused')"
         ).fetchone()[0]
         if unfinished >= most and (id is None or self._row("id = ?", id) is None):
             raise QueueFull(f"{unfinished} jobs are waiting and the queue takes {most}; try again later")
