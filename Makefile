@@ -26,14 +26,14 @@ browser: $(READY)  ## use the page in Chromium as people do; pictures in build/b
 faults: $(READY)  ## kill, cancel, fill the disk, feed nonsense: nothing may be lost (minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m faults --timeout 900 --durations 5 \
 	  tests/faults/test_faults.py
-	$(BIN)/python -m tests.faults.soak --table --file build/faults.json
+	PYTHONPATH=$(CURDIR) $(BIN)/python -m tests.faults.soak --table --file build/faults.json
 
 soak: $(READY)  ## the same by the thousand; goes on where it stopped (MINUTES=60)
-	$(BIN)/python -m tests.faults.soak --minutes $(or $(MINUTES),60) --jobs $(WORKERS)
+	PYTHONPATH=$(CURDIR) $(BIN)/python -m tests.faults.soak --minutes $(or $(MINUTES),60) --jobs $(WORKERS)
 
 hour: $(READY)  ## an hour of video and more in one rollout, watched; goes on where it stopped
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.hour
-	$(BIN)/python -m tests.faults.hour --judge
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) $(BIN)/python -m tests.faults.hour
+	PYTHONPATH=$(CURDIR) $(BIN)/python -m tests.faults.hour --judge
 
 # in triton's interpreter: about half a second a shape
 shapes: $(READY)  ## try the fused read on thousands of random shapes (SHAPES=3000)
@@ -57,7 +57,7 @@ types: $(READY)  ## check types
 check: lint types test  ## everything that must hold before a commit
 
 wheel: $(READY)  ## build source archive and wheel in dist/
-	rm -rf build dist
+	rm -rf build/lib build/bdist.* dist
 	$(BIN)/python -m build
 
 clean:  ## remove build results and caches, but not the virtual environment

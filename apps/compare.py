@@ -195,6 +195,7 @@ class Side:
         size: height and width.
         first: latent frames of its first chunk.
         timeline: its prompts, with those that were steered in.
+        switches: what became of the history at each later one, where it says so.
         grammar: of the model's prompts.
         frame_bytes, cache_bytes: of one latent frame and of the whole cache.
     """
@@ -206,6 +207,7 @@ class Side:
     size: tuple[int, int]
     first: int
     timeline: tuple[tuple[float, str], ...]
+    switches: tuple[str | None, ...]
     grammar: str | None
     frame_bytes: int
     cache_bytes: int
@@ -228,9 +230,11 @@ class Side:
         geometry = CacheGeometry.of_model(config, *latent_size(entry, *size), entry.chunk_frames)
         dtype = compute_dtype(device)
         page = planned_pools(spec, geometry, dtype)["pages"][0].bytes_per_page()
+        video = service.show(job)
         return cls(
             job, request, entry, spec, size, first_chunk_frames(request, entry) or entry.chunk_frames,
-            _timeline(service.show(job)), str(grammar) if grammar else None, page * geometry.layers,
+            _timeline(video), tuple(way for _, _, way in sorted(video.schedule, key=lambda entry: entry[0])),
+            str(grammar) if grammar else None, page * geometry.layers,
             planned_bytes(spec, geometry, dtype),
         )  # fmt: skip
 
@@ -449,6 +453,7 @@ def explain(a: Side, b: Side) -> tuple[list[str], list[str]]:
     names = ("model", "seed", "steps", "guidance", "negative", "switch", "noise", "image", "video")
     pairs = {name: (getattr(a.request, name), getattr(b.request, name)) for name in names}
     pairs["settings"] = a.job.settings, b.job.settings
+    pairs["switches of later prompts"] = a.switches, b.switches
     differing = [name for name, (one, other) in pairs.items() if one != other]
     if _spelled(a) != _spelled(b):
         differing.insert(0, "prompt")
@@ -652,7 +657,7 @@ def _base(wanted: Any, plans: Sequence[Plan], incoming: Incoming | None) -> str:
 
 def _require_room_for_two(service: Service, ids: Sequence[str]) -> None:
     counts = service.store.counts()
-    waiting = counts[State.QUEUED] + counts[State.RUNNING]
+    waiting = counts[State.QUEUED] + counts[State.RUNNING] + counts[State.PAUSED]
     new = 0
     for id in ids:
         try:

@@ -75,7 +75,7 @@ class VideoSettings(BaseModel):
     """What made a video.
 
     `settings` is what its file says, or will say; `request` is a body for `POST /v1/videos` that makes the
-    same video, as do the Python program and the command.
+    same video, as do the Python program and the command; a file that it started from has to be given again.
     """
 
     settings: dict[str, str]

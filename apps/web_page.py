@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import os
+import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -60,8 +61,13 @@ WEB = Path(__file__).resolve().parent / "web"
 TYPES = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml", ".png": "image/png"}
 OWN_PATHS = ("/v1/", "/page/")
 """Below these the page answers nothing: a wrong address is an error of the API, not one of Gradio."""
-CLOSED = ("/monitoring", "/gradio_api/deep_link", "/gradio_api/proxy", "/gradio_api/stream")
-"""Routes of Gradio that the page does not need."""
+CLOSED = (
+    "/monitoring", "/gradio_api/deep_link", "/gradio_api/proxy", "/gradio_api/stream",
+    "/gradio_api/file=http", "/gradio_api/file/", "/gradio_api/process_recording",
+    "/gradio_api/component_server", "/gradio_api/vibe", "/gradio_api/undo-vibe", "/gradio_api/run-history",
+    "/gradio_api/dev", "/gradio_api/profiling",
+)  # fmt: skip
+"""Routes of Gradio that the page does not need; some of them fetch what a client names."""
 UPLOAD_PATH = "/gradio_api/upload"
 FORM_BYTES = 2**16
 """Of a form around a file."""
@@ -181,8 +187,8 @@ class Shell:
         self.app, self.head, self.limits, self.receiving = app, head.encode(), limits, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].startswith(UPLOAD_PATH):
-            await self._upload(scope, receive, send)
+        if scope["type"] == "http" and scope["method"] == "POST":
+            await self._post(scope, receive, send)
             return
         if scope["type"] != "http" or scope["path"] != "/":
             await self.app(scope, receive, send)
@@ -205,21 +211,24 @@ class Shell:
 
         await self.app({**scope, "headers": kept}, receive, collect)
 
-    async def _upload(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Few at a time, and none that is larger in all than one file may be.
+    async def _post(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Small bodies, and few uploads at a time, none larger in all than one file may be.
 
         Raises:
             Refused: it is not taken.
         """
+        upload = scope["path"].startswith(UPLOAD_PATH)
+        most = self.limits.upload_bytes if upload else self.limits.body_bytes
         length = Headers(scope=scope).get("content-length", "")
-        if scope["method"] == "POST":
-            if not length.isdecimal():
-                raise Refused(411, "no_length", "send Content-Length")
-            if int(length) > self.limits.upload_bytes + FORM_BYTES:
-                most = f"{self.limits.upload_bytes:,}"
-                raise Refused(413, "too_large", f"the file has more than {most} bytes; scale or cut it down")
-            if self.receiving >= self.limits.uploads:
-                raise Refused(429, "too_many_uploads", f"{self.receiving} uploads are under way", retry_s=5)
+        if not length.isdecimal():
+            raise Refused(411, "no_length", "send Content-Length")
+        if int(length) > most + FORM_BYTES:
+            raise Refused(413, "too_large", f"the body has more than {most:,} bytes; send less")
+        if not upload:
+            await self.app(scope, receive, send)
+            return
+        if self.receiving >= self.limits.uploads:
+            raise Refused(429, "too_many_uploads", f"{self.receiving} uploads are under way", retry_s=5)
         self.receiving += 1
         try:
             await self.app(scope, receive, send)
@@ -248,6 +257,8 @@ class Page:
     def __init__(self, service: Service) -> None:
         self.service = service
         self.uploads = uploads_of(service)
+        # each decodes in a process of its own, up to gigabytes large
+        self.decoding = threading.BoundedSemaphore(service.limits.decoders)
         self.device = pick_device(service.settings.device)
 
     def create(self, *given: Any) -> str:
@@ -276,7 +287,8 @@ class Page:
             with open(upload, "rb") as file:
                 while piece := file.read(COPY_BYTES):
                     incoming.write(piece)
-            return self.service.create(values, incoming)
+            with self.decoding:
+                return self.service.create(values, incoming)
         finally:
             incoming.discard()
 

@@ -455,7 +455,8 @@ class VidkvCompare extends HTMLElement {
   /** Open the player that fits: videos once both have ended, until then the last picture of every chunk. */
   play() {
     const { told } = this;
-    const whole = [told.a, told.b].every(({ video }) => ENDED.has(video.status) && video.frames > 0);
+    const whole = [told.a, told.b].every(({ video }) =>
+      video.status === "completed" || (ENDED.has(video.status) && video.has_partial && video.frames > 0));
     const kind = whole ? VideoPair : PicturePair;
     if (!(this.player instanceof kind)) {
       const chunk = this.player?.chunk ?? null;

@@ -67,7 +67,9 @@ export class VidkvGallery extends HTMLElement {
   async load(older) {
     try {
       const last = this.videos.at(-1)?.id;
-      const page = await api("GET", `/v1/videos?limit=${PAGE}${older && last ? `&after=${encodeURIComponent(last)}` : ""}`);
+      const most = older ? PAGE : Math.min(100, Math.max(PAGE, this.videos.length));
+      const after = older && last ? `&after=${encodeURIComponent(last)}` : "";
+      const page = await api("GET", `/v1/videos?limit=${most}${after}`);
       if (older) {
         this.videos = [...this.videos, ...page.data];
         this.more = page.has_more;

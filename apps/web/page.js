@@ -29,10 +29,12 @@ function open(id) {
 
 async function reuse(id) {
   try {
-    const { request } = await api("GET", videoPath(id, "/settings"));
+    const { request, python } = await api("GET", videoPath(id, "/settings"));
     goTo("Create");
     globalThis.vidkvApply(JSON.stringify(request));
-    toast("The form has the settings of that video");
+    const started = /^ {4}(image|video)=\.\.\.,/m.test(python);
+    toast(started ? "The form has its settings; choose again the file that it started from"
+      : "The form has the settings of that video");
   } catch (error) {
     toast(error.message, "error");
   }
@@ -111,6 +113,8 @@ function help() {
 
 /** Press a button of the stage if it is there. */
 function press(...acts) {
+  // of a stage behind another tab nothing is pressed by accident
+  if (!stage()?.checkVisibility()) return;
   for (const act of acts) {
     const found = stage()?.querySelector(`.vk-buttons [data-act="${act}"]`);
     if (found) { found.click(); return; }
@@ -124,6 +128,7 @@ document.addEventListener("keydown", (event) => {
     return;
   }
   if (typing || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.repeat && !",.".includes(event.key)) return;
   const now = stage()?.preview ?? (stage()?.video?.chunks_done ?? 1) - 1;
   const run = {
     s: () => press("finish"), p: () => press("pause", "resume"), e: () => press("extend"), b: () => press("branch"),

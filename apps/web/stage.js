@@ -244,7 +244,7 @@ export class VidkvStage extends HTMLElement {
       }
       const { waiting } = this;
       this.waiting = null;
-      if (waiting && this.id_ === id) this.loadFrame(waiting);
+      if (waiting) this.loadFrame(waiting);
     };
     picture.src = url;
   }

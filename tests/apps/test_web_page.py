@@ -386,17 +386,21 @@ class TestWhatIsNotUploaded:
             app = create_app(store, settings=EngineSettings(device="cpu"), token=None, limits=limits)
             web_page.mount(app, app.state.service)
             with TestClient(app, base_url=f"http://{HOST}") as client:
+                assert client.post("/gradio_api/component_server", json={}).status_code in (404, 405)
                 large = client.post("/gradio_api/upload", files={"files": ("a.png", b"x" * 100_000)})
                 assert large.status_code == 413 and "1,000 bytes" in large.json()["error"]["message"]
                 small = client.post("/gradio_api/upload", files={"files": ("a.png", b"x" * 900)})
                 assert small.status_code == 200
+                long = client.post("/gradio_api/queue/join", content=b"x" * (2**20 + 2**17))
+                assert long.status_code == 413
                 endless = client.post("/gradio_api/upload", content=iter([b"x"]))
                 assert endless.status_code == 411
 
     @pytest.mark.parametrize(
         "path",
         ["/monitoring", "/monitoring/summary", "/gradio_api/deep_link", "/gradio_api/stream/a/b/c/d",
-         "/gradio_api/proxy=http://files.example/"],
+         "/gradio_api/proxy=http://files.example/", "/gradio_api/file=http://files.example/",
+         "/gradio_api/file/http://files.example/"],
     )  # fmt: skip
     def test_routes_that_the_page_does_not_need_are_closed(self, client: TestClient, path: str) -> None:
         assert client.get(path).status_code == 404
