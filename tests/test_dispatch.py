@@ -98,8 +98,8 @@ class TestForced:
             rollout = build_rollout(f"{format},window=9,sink=2", transformer=build_transformer())
             assert rollout.path.name == value
             latents.append(torch.cat([rollout.step_chunk().latents for _ in range(4)], 1))
-        # a code that falls to the other side of a tie is a larger step
-        assert 0 < relative_l2(*latents) <= (1e-3 if format == "int8" else 1e-5)
+        # a code that falls to the other side of a tie is a larger step, and bf16 has ties too
+        assert 0 < relative_l2(*latents) <= {"int8": 1e-3, "bf16": 1e-4, "fp32": 1e-5}[format]
 
     def test_what_a_rollout_is_made_with_wins(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """And is not asked about again when it forks."""

@@ -18,6 +18,7 @@ from vidkv.request import STRICT_JSON, VideoRequest, json_fault, nearest_field, 
 MAX_BYTES = {"jsonl": 64 * 2**20, "csv": 64 * 2**20, "json": 16 * 2**20, "yaml": 8 * 2**20}
 MAX_LINE_BYTES = 2**20
 _YAML_DEPTH = 16
+TOO_DEEP = "lists or mappings are nested too deeply"
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,9 @@ def _yaml(text: str) -> Iterator[Item]:
         raise Unreadable(line, f"character {error.character:#x}: {error.reason}; leave it out") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
+        if "nesting depth" in str(error.problem):
+            # newer parsers have a limit of their own
+            raise Unreadable(mark.line + 1 if mark else None, TOO_DEEP) from None
         reason = (
             f"{error.problem or error.context}; indent with spaces, put texts with ': ' or ' #' in quotes"
         )
@@ -219,7 +223,7 @@ def _yaml_root(text: str) -> _Node:
 def _yaml_node(events: Iterator[Any], event: Any, depth: int) -> _Node:
     node = _Node(_yaml_line(event))
     if depth > _YAML_DEPTH:
-        raise Unreadable(node.line, "lists or mappings are nested too deeply")
+        raise Unreadable(node.line, TOO_DEEP)
     if isinstance(event, yaml.ScalarEvent):
         node.value = _yaml_scalar(event.value) if event.implicit[0] else event.value
     elif isinstance(event, yaml.SequenceStartEvent):

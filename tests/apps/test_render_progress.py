@@ -44,8 +44,8 @@ class Clock:
 def job(id: str, state: State = State.RUNNING, done: int = 0, **changes: Any) -> Job:
     row = Job(
         id=id, key="k", number=1, state=state, request={"prompt": "a red circle"}, settings={},
-        out=f"{id}.mp4", attempts=0, crashes=0, worker=None, error=None, chunks=40, done=done,
-        frames=12 * done, progress={}, result={}, submitted=1.0, changed=1.0, version=1,
+        out=f"{id}.mp4", keep=False, parent=None, attempts=0, crashes=0, worker=None, error=None, chunks=40,
+        done=done, frames=12 * done, progress={}, result={}, submitted=1.0, changed=1.0, version=1,
     )  # fmt: skip
     return replace(row, **changes)
 

@@ -34,7 +34,7 @@ from vidkv.apps.web_form import (
     sizes,
     values_of,
 )
-from vidkv.apps.web_page import EXAMPLE_NAMES, POLICY, WEB, Page
+from vidkv.apps.web_page import EXAMPLE_NAMES, POLICY, WEB, Page, uploads_of
 from vidkv.cache import CacheSpec
 from vidkv.jobs.store import JobStore
 from vidkv.models.bounce.prompts import EXAMPLES
@@ -223,11 +223,13 @@ class TestPage:
         assert texts == ["–", "0 B", "999 B", "1 kB", "999 kB", "1 MB", "10 MB", "2000 TB"]
 
     def test_an_upload_is_checked_and_stored_once(self, service: Service, tmp_path: Path) -> None:
-        Image.new("RGB", (64, 64), "red").save(tmp_path / "start.png")
-        (tmp_path / "broken.png").write_bytes(b"nothing")
+        folder = uploads_of(service)
+        folder.mkdir()
+        Image.new("RGB", (64, 64), "red").save(folder / "start.png")
+        (folder / "broken.png").write_bytes(b"nothing")
         page = Page(service)
-        assert 'role="alert"' in page.create(*filled(upload=str(tmp_path / "broken.png")))
-        assert "<vidkv-created" in page.create(*filled(upload=str(tmp_path / "start.png")))
+        assert 'role="alert"' in page.create(*filled(upload=str(folder / "broken.png")))
+        assert "<vidkv-created" in page.create(*filled(upload=str(folder / "start.png")))
         (job,) = service.store.jobs()
         assert os.listdir(service.uploads.folder) == [Path(job.request["image"]).name]
 
@@ -235,8 +237,10 @@ class TestPage:
         with JobStore(tmp_path / "out") as store:
             limits = ApiLimits(upload_bytes=100)
             app = create_app(store, settings=EngineSettings(device="cpu"), token=None, limits=limits)
-            (tmp_path / "large.png").write_bytes(b"x" * 101)
-            answer = Page(app.state.service).create(*filled(upload=str(tmp_path / "large.png")))
+            folder = uploads_of(app.state.service)
+            folder.mkdir()
+            (folder / "large.png").write_bytes(b"x" * 101)
+            answer = Page(app.state.service).create(*filled(upload=str(folder / "large.png")))
             assert "more than 100 bytes" in answer
             assert os.listdir(app.state.service.uploads.folder) == []
 

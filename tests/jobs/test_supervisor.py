@@ -193,6 +193,8 @@ class TestWorkers:
 
     def test_that_cannot_start_are_given_up(self, store: JobStore, model: str, monkeypatch: Any) -> None:
         monkeypatch.setattr(supervisor_module, "process_main", die)
+        # the new process must find this module
+        monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT)])
         store.submit(tiny(model, "a"), CPU)
         with pytest.raises(
             ResourceError, match=rf"worker0 has died {MAX_FALSE_STARTS} times \(exit code 3\)"
@@ -217,6 +219,8 @@ class TestWorkers:
         self, store: JobStore, model: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(supervisor_module, "process_main", linger)
+        # the new process must find this module
+        monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT)])
         monkeypatch.setattr(supervisor_module, "STOP_S", 0.2)
         store.submit(tiny(model, "a"), CPU)
         with Supervisor(store) as supervisor:

@@ -53,6 +53,15 @@ def stock_encode(vae: AutoencoderKLWan, frames: Tensor) -> Tensor:
     return normalise(vae, rearrange(posterior.mode(), "b c f h w -> b f c h w"))
 
 
+def same(found: Tensor, wanted: Tensor) -> bool:
+    """What was computed at float64 and handed out at float32.
+
+    Kernels that a processor picks by layout sum float32 in other orders, so that is not what is compared.
+    """
+    assert wanted.dtype == torch.float64
+    return found.shape == wanted.shape and relative_l2(found.double(), wanted) <= 1e-7
+
+
 class TestEncode:
     @pytest.mark.parametrize(
         ("pieces", "latent_frames"),
@@ -67,13 +76,13 @@ class TestEncode:
     def test_streams_what_diffusers_encodes(
         self, vae: AutoencoderKLWan, pieces: list[int], latent_frames: list[int]
     ) -> None:
-        frames = film(17, batch=2)
+        vae, frames = vae.double(), film(17, batch=2).double()
         wanted = stock_encode(vae, frames)
         encoder = StreamingEncoder(vae)
         parts = [encoder.feed(piece) for piece in frames.split(pieces, 1)]
         assert [part.shape[1] for part in parts] == latent_frames
         assert float(wanted.std()) > 0.1 and encoder.pending_frames == 0
-        assert torch.equal(torch.cat(parts, 1), wanted)
+        assert same(torch.cat(parts, 1), wanted)
 
     def test_bytes_are_numbers(self, vae: AutoencoderKLWan) -> None:
         frames = torch.randint(0, 256, (1, 5, HEIGHT, WIDTH, 3), dtype=torch.uint8)
@@ -84,19 +93,19 @@ class TestEncode:
         assert relative_l2(torch.cat(parts, 1), found) <= 1e-6
 
     def test_an_image_is_the_first_frame(self, vae: AutoencoderKLWan) -> None:
-        frames = film(5)
+        vae, frames = vae.double(), film(5).double()
         wanted = stock_encode(vae, frames)[:, :1]
-        assert torch.equal(encode_image(vae, frames[:, 0]), wanted)
-        assert torch.equal(encode_image(vae, frames[0, 0]), wanted)
+        assert same(encode_image(vae, frames[:, 0]), wanted)
+        assert same(encode_image(vae, frames[0, 0]), wanted)
 
     def test_flush_repeats_the_last_frame(self, vae: AutoencoderKLWan) -> None:
-        frames = film(7)
+        vae, frames = vae.double(), film(7).double()
         encoder = StreamingEncoder(vae)
         parts = [encoder.feed(frames)]
         assert encoder.pending_frames == 2
         parts.append(encoder.flush())
         padded = torch.cat([frames, frames[:, -1:], frames[:, -1:]], 1)
-        assert torch.equal(torch.cat(parts, 1), stock_encode(vae, padded))
+        assert same(torch.cat(parts, 1), stock_encode(vae, padded))
         assert encoder.pending_frames == 0 and encoder.flush().shape[1] == 0
 
     def test_reset_begins_a_new_video(self, vae: AutoencoderKLWan) -> None:
