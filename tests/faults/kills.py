@@ -402,8 +402,13 @@ def _render(command: Sequence[str], root: Path) -> subprocess.Popen[bytes]:
     with (root / "said.txt").open("wb") as said:
         return subprocess.Popen(
             command, cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=said, start_new_session=True,
+            stderr=said, start_new_session=True, preexec_fn=_heed_interrupts,
         )  # fmt: skip
+
+
+def _heed_interrupts() -> None:
+    """Whoever started the tests in the background has them, and all that they start, ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _said(root: Path) -> str:
