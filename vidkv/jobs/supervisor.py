@@ -24,7 +24,7 @@ from vidkv.request import EngineSettings, VideoRequest
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext
 
-STOP_S = 7.0
+STOP_S = 5.0
 """How long workers have to stop by themselves."""
 POLL_S = 0.1
 MAX_FALSE_STARTS = 3
