@@ -159,9 +159,10 @@ def add_steering_routes(app: FastAPI, service: Service) -> None:
         wanted = _read(NewBranch, await service.fields(request))
 
         def act() -> Video:
-            service.find(id)
+            video = service.show(service.find(id))
             service.require_seconds(wanted.seconds or 0)
-            service.require_seconds(wanted.more_seconds or 0)
+            taken = video.frames / video.frame_rate if video.frame_rate else 0
+            service.require_seconds(taken + wanted.more_seconds if wanted.more_seconds else 0)
             branch = Branch(**wanted.model_dump())
             return service.show(store.branch(id, branch, most=service.limits.queue))
 

@@ -154,7 +154,7 @@ def test_of_many_chunks_all_are_drawn(api: Api, monkeypatch: pytest.MonkeyPatch)
 class TestChart:
     def points(self, drawn: str, kind: str) -> list[list[tuple[float, float]]]:
         found = re.findall(rf'<polyline points="([^"]*)" class="line {kind}">', drawn)
-        return [[tuple(map(float, p.split(","))) for p in line.split()] for line in found]  # type: ignore[misc]
+        return [[(float(x), float(y)) for x, y in (p.split(",") for p in line.split())] for line in found]
 
     def test_values_are_where_they_belong(self) -> None:
         drawn = chart("x", "", [("A", "a", [0.0, 5.0, 10.0]), ("B", "b", [10.0, 10.0, 0.0])])

@@ -177,6 +177,16 @@ class TestBranch:
         assert answer.status == status and re.search(words, fault(answer)["message"])
         assert [job.id for job in done.store.jobs()] == ["a"]
 
+    def test_however_often_it_is_extended_it_stays_within_the_limit(self, tmp_path: Path) -> None:
+        from dataclasses import replace
+
+        with opened(tmp_path / "renders", replace(QUICK, seconds=1.5)) as api:
+            api.post(**ONE_SECOND, id="a", keep=True)
+            work(api)
+            answer = post(api, "a/branch", more_seconds=0.6)
+            assert answer.status == 422 and "seconds=1.6" in fault(answer)["message"]
+            assert post(api, "a/branch", more_seconds=0.5).status == 200
+
     def test_what_was_not_kept(self, api: Api) -> None:
         api.post(**ONE_SECOND, id="a")
         answer = post(api, "a/branch", more_seconds=1)

@@ -308,7 +308,9 @@ class Index:
             if made_by != LAYOUT and connection.execute("SELECT 1 FROM sqlite_master").fetchone():
                 raise _Damaged("another version of vidkv has made the index")
             connection.executescript(_TABLE)
-            connection.execute(f"PRAGMA user_version = {LAYOUT}")
+            if made_by != LAYOUT:
+                # it writes, and others may be writing
+                connection.execute(f"PRAGMA user_version = {LAYOUT}")
             self._connection = connection
             self._rebuild_rows()
         except BaseException as error:
