@@ -12,16 +12,15 @@ import json
 import os
 import threading
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import gradio as gr
 from fastapi import FastAPI
 from fastapi.responses import FileResponse
-from gradio.blocks import Block
 from gradio.themes import Base
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
 from starlette.routing import BaseRoute, Match, Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -115,7 +114,9 @@ def mount(app: FastAPI, service: Service) -> None:
     # Gradio asks for a running loop and otherwise leaves one of its own behind
     asyncio.run(_add_gradio(app, service))
     mounted = cast(Mount, app.router.routes.pop())
-    app.router.routes.append(cast(BaseRoute, Rest("/", Shell(mounted.app, HEAD, service.limits))))
+    app.router.routes.append(
+        cast(BaseRoute, Rest("/", Shell(mounted.app, HEAD, service.limits, uploads_of(service))))
+    )
 
 
 def uploads_of(service: Service) -> Path:
@@ -124,46 +125,12 @@ def uploads_of(service: Service) -> Path:
 
 
 async def _add_gradio(app: FastAPI, service: Service) -> None:
-    with _uploading_to(uploads_of(service)):
-        blocks = build(service)
-        for block in blocks.blocks.values():
-            # of a page that was not launched but mounted, Gradio copies or fetches whatever a client names
-            block.async_move_resource_to_block_cache = partial(_uploaded, block)
-            block.move_resource_to_block_cache = partial(_named, block)
-        gr.mount_gradio_app(
-            app, blocks, path="/", footer_links=[], run_history=False, ssr_mode=False, show_error=True,
-            max_file_size=service.limits.upload_bytes, theme=theme(), pwa=False,
-        )  # fmt: skip
-
-
-async def _uploaded(block: Block, path: str | None) -> str | None:
-    """A file that was uploaded to this page, where it is; nothing else is taken."""
-    return _named(block, path)
-
-
-def _named(block: Block, path: str | None) -> str | None:
-    if path is None:
-        return None
-    folder, file = Path(block.GRADIO_CACHE).resolve(), Path(path).resolve()
-    if folder not in file.parents:
-        raise gr.Error("a file that was not uploaded here was named; choose it in the form")
-    # deleted once it is old
-    block.temp_files.add(str(file))
-    return str(file)
-
-
-@contextlib.contextmanager
-def _uploading_to(folder: Path) -> Iterator[None]:
-    """Gradio reads where files go while a page is built, and from the environment only."""
-    before = os.environ.get("GRADIO_TEMP_DIR")
-    os.environ["GRADIO_TEMP_DIR"] = str(folder)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["GRADIO_TEMP_DIR"]
-        else:
-            os.environ["GRADIO_TEMP_DIR"] = before
+    # read whenever a part of a page is made, which Gradio does anew for every session
+    os.environ["GRADIO_TEMP_DIR"] = str(uploads_of(service))
+    gr.mount_gradio_app(
+        app, build(service), path="/", footer_links=[], run_history=False, ssr_mode=False, show_error=True,
+        max_file_size=service.limits.upload_bytes, theme=theme(), pwa=False,
+    )  # fmt: skip
 
 
 class Rest(Mount):
@@ -176,15 +143,17 @@ class Rest(Mount):
 
 
 class Shell:
-    """Puts the page's own head into Gradio's first answer, where it works before anything is drawn, and keeps
-    uploads to it within limits.
+    """Puts the page's own head into Gradio's first answer, where it works before anything is drawn, and lets
+    through only what the form sends: uploads within limits, and events that name no other files.
 
     Args:
         head: HTML.
+        uploads: where files lie that were uploaded.
     """
 
-    def __init__(self, app: ASGIApp, head: str, limits: ApiLimits) -> None:
-        self.app, self.head, self.limits, self.receiving = app, head.encode(), limits, 0
+    def __init__(self, app: ASGIApp, head: str, limits: ApiLimits, uploads: Path) -> None:
+        self.app, self.head, self.limits, self.uploads = app, head.encode(), limits, uploads
+        self.receiving = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] == "POST":
@@ -225,7 +194,7 @@ class Shell:
         if int(length) > most + FORM_BYTES:
             raise Refused(413, "too_large", f"the body has more than {most:,} bytes; send less")
         if not upload:
-            await self.app(scope, receive, send)
+            await self.app(scope, await self._checked(scope, receive), send)
             return
         if self.receiving >= self.limits.uploads:
             raise Refused(429, "too_many_uploads", f"{self.receiving} uploads are under way", retry_s=5)
@@ -234,6 +203,33 @@ class Shell:
             await self.app(scope, receive, send)
         finally:
             self.receiving -= 1
+
+    async def _checked(self, scope: Scope, receive: Receive) -> Receive:
+        """The same body, of which Gradio would copy or fetch any file or address that it names.
+
+        Raises:
+            Refused: it is no JSON, or names what was not uploaded here.
+        """
+        body = await Request(scope, receive).body()
+        try:
+            names = _paths_in(json.loads(body or b"null"))
+        except (ValueError, RecursionError):
+            raise Refused(400, "not_json", "the body is no JSON that can be read") from None
+        for name in names:
+            if not _lies_in(self.uploads, name):
+                raise Refused(
+                    422, "invalid_media", "a file that was not uploaded here was named; choose it in the form"
+                )
+        told = False
+
+        async def again() -> Message:
+            nonlocal told
+            if told:
+                return await receive()
+            told = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        return again
 
     async def _answer(self, start: Message, body: bytes, send: Send) -> None:
         if Headers(raw=start["headers"]).get("content-type", "").startswith("text/html"):
@@ -245,6 +241,27 @@ class Shell:
             headers["Cache-Control"] = "no-store"
         await send(start)
         await send({"type": "http.response.body", "body": body})
+
+
+def _paths_in(value: Any) -> Iterator[Any]:
+    """What stands under `path` anywhere in it: Gradio's files are objects that have one."""
+    left = [value]
+    while left:
+        found = left.pop()
+        if isinstance(found, dict):
+            if "path" in found:
+                yield found["path"]
+            left.extend(found.values())
+        elif isinstance(found, list):
+            left.extend(found)
+
+
+def _lies_in(folder: Path, name: Any) -> bool:
+    """Whether it is a path that leads there, by whatever links."""
+    try:
+        return isinstance(name, str) and folder in Path(name).resolve().parents
+    except (ValueError, OSError, RuntimeError):
+        return False
 
 
 class Page:
@@ -280,7 +297,7 @@ class Page:
     def _submit(self, values: dict[str, Any], upload: str | None) -> Any:
         if not upload:
             return self.service.create(values)
-        if self.uploads not in Path(upload).resolve().parents:
+        if not _lies_in(self.uploads, upload):
             raise Refused(422, "invalid_media", "a file that was not uploaded here was named", "upload")
         incoming = self.service.uploads.receive(self.service.limits.upload_bytes)
         try:

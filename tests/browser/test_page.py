@@ -538,7 +538,7 @@ class TestWhoLeaves:
         for id, page in zip(ids, one.context.pages, strict=True):
             page.bring_to_front()
             page.reload()
-            page.wait_for_function("document.querySelector('vidkv-stage').video")
+            page.wait_for_function("document.querySelector('vidkv-stage')?.video")
             assert stage_id(page) == id
 
     def test_a_hidden_tab_holds_no_stream(self, visit: Begin, quiet: Server) -> None:
