@@ -163,7 +163,7 @@ class Inputs:
     def bring_back(self) -> tuple[Tensor, Tensor, Tensor]:
         """The whole window dense: all pages decoded in one go, and the chunk's own behind them."""
         q, own_k, own_v = self.turned()
-        k, v = (x.flatten(2, 3) for x in self.cache.read(0, self.cache.history, self.history))
+        k, v = self.cache.read(0, self.cache.history, self.history)
         return q, torch.cat([k, own_k], 2), torch.cat([v, own_v], 2)
 
     @cached_property

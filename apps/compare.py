@@ -45,7 +45,8 @@ from vidkv.apps.fidelity import (
     world_of,
 )
 from vidkv.cache import CacheGeometry, CacheSpec
-from vidkv.cache.kv_cache import planned_bytes, planned_pools
+from vidkv.cache.kv_cache import planned_bytes
+from vidkv.cache.tiers import planned_pools
 from vidkv.errors import CacheSpecError, InputError, PromptError, VidkvError
 from vidkv.files import reason
 from vidkv.jobs.store import Job, QueueFull, State

@@ -15,8 +15,13 @@ LEVELS = 127.0
 
 def scale_of(x: Tensor, dim: int) -> Tensor:
     """fp16 scales over `dim` (kept with size 1), rounded up; groups of zeros get the smallest scale."""
+    return round_up(x.abs().amax(dim, keepdim=True).float() / LEVELS)
+
+
+def round_up(scale: Tensor) -> Tensor:
+    """float32 scales as fp16, none of them smaller; at least the smallest normal one."""
     limit = torch.finfo(torch.float16)
-    exact = (x.abs().amax(dim, keepdim=True).float() / LEVELS).clamp(limit.smallest_normal, limit.max)
+    exact = scale.clamp(limit.smallest_normal, limit.max)
     rounded = exact.to(torch.float16)
     next_half = (rounded.view(torch.int16) + 1).view(torch.float16)
     return torch.where(rounded.float() < exact, next_half, rounded)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vidkv.attention import CachedAttention
 from vidkv.cache import CacheGeometry, CacheSpec, KVCache
-from vidkv.cache.kv_cache import planned_pools
+from vidkv.cache.tiers import planned_pools
 from vidkv.errors import InputError, StateError
 from vidkv.kernels import jit
 from vidkv.kernels.attention import sdpa_backends
@@ -120,8 +120,14 @@ def fused_obstacle(
         return f"the fused read takes heads of {sizes} channels, not {geometry.head_dim}"
     if dtype == torch.float64:
         return "the fused read computes in at most 32 bits, not float64"
-    unread = [f for f, _ in planned_pools(spec, geometry, dtype).values() if not f.fused]
-    return f"the fused read does not know {spec.format} pages" if unread else None
+    formats = [format for format, _ in planned_pools(spec, geometry, dtype).values()]
+    if any(not format.fused for format in formats):
+        return f"the fused read does not know pages of {spec}"
+    if any(format.tokens != geometry.tokens for format in formats):
+        return "the fused read takes pages with all their tokens"
+    if len({format.uses_key_mean for format in formats}) < len(formats):
+        return f"the fused read takes pages of one coded format and one plain one, not those of {spec}"
+    return None
 
 
 def hopper_obstacle(

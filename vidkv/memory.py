@@ -20,7 +20,7 @@ from torch import nn
 from vidkv.activations import decode_activations, pass_activations, text_activations
 from vidkv.cache import CacheGeometry, CacheSpec, planned_bytes
 from vidkv.cache.formats import FORMATS
-from vidkv.cache.kv_cache import planned_pools
+from vidkv.cache.tiers import planned_pools
 from vidkv.errors import InputError, ResourceError
 from vidkv.models.checkpoints.empty import empty_weights
 from vidkv.models.families.base import ModelEntry
@@ -577,8 +577,8 @@ def read_bytes(heads: int, spec: CacheSpec, g: CacheGeometry, dtype: torch.dtype
     segment = 3 * 2 * g.batch * spec.segment * g.tokens * g.kv_heads * d * dtype.itemsize
     two_pass = segment + 3 * tokens * heads * d * MERGE_BYTES
     fused = 0
-    if planned_pools(spec, g, dtype)["pages"][0].uses_key_mean:
-        turned = spec.capacity(g.chunk_frames) * tokens * heads * (d + MERGE_BYTES)
+    if any(f.fused and f.uses_key_mean for f, _ in planned_pools(spec, g, dtype).values()):
+        turned = (spec.attended - g.chunk_frames) * tokens * heads * (d + MERGE_BYTES)
         fused = turned + 3 * tokens * heads * d * dtype.itemsize
     current = 2 * tokens * g.kv_heads * d * dtype.itemsize
     return int(max(two_pass, fused) + current)

@@ -107,7 +107,9 @@ def read_all(cache: KVCache, layer: int) -> tuple[Tensor, Tensor] | None:
     parts = [cache.read(layer, segment) for segment in cache.segments]
     if not parts:
         return None
-    return torch.cat([k for k, _ in parts], 2), torch.cat([v for _, v in parts], 2)
+    tokens = cache.geometry.tokens
+    k, v = (torch.cat(side, 2).unflatten(2, (-1, tokens)) for side in zip(*parts, strict=True))
+    return k, v
 
 
 def assert_reads(cache: KVCache, oracle: Oracle) -> None:

@@ -311,15 +311,14 @@ class TestSlotsDoNotMatter:
 class TestKeyMean:
     def test_is_that_of_the_first_chunk_for_good(self) -> None:
         cache = KVCache(CacheSpec.parse("int8,window=9,sink=2"), TINY)
-        assert cache.key_mean is not None
         oracle = Oracle(cache.spec, TINY)
         step(cache, oracle, 2, 0)
         first = chunk_tensors(TINY, 2, 0)[0].mean((3, 4))
-        torch.testing.assert_close(cache.key_mean, first)
-        frozen = cache.key_mean.clone()
+        torch.testing.assert_close(cache.means["key_mean"], first)
+        frozen = cache.means["key_mean"].clone()
         for i in range(5):
             step(cache, oracle, 3, 10 + i)
-        assert torch.equal(cache.key_mean, frozen)
+        assert torch.equal(cache.means["key_mean"], frozen)
 
     def test_abandoning_the_first_chunk_freezes_nothing(self) -> None:
         cache, oracle = KVCache(CacheSpec.parse("int8,window=9,sink=2"), TINY), None
@@ -327,14 +326,13 @@ class TestKeyMean:
         cache.abandon()
         oracle = Oracle(cache.spec, TINY)
         step(cache, oracle, 3, 42)
-        assert cache.key_mean is not None
-        torch.testing.assert_close(cache.key_mean, chunk_tensors(TINY, 3, 42)[0].mean((3, 4)))
+        torch.testing.assert_close(cache.means["key_mean"], chunk_tensors(TINY, 3, 42)[0].mean((3, 4)))
 
     def test_elements_of_a_batch_have_their_own(self) -> None:
         """Otherwise a video would depend on its neighbours in the batch."""
         cache, _ = filled("int8,window=9,sink=2", 1, build_geometry(batch=3))
-        assert cache.key_mean is not None and cache.key_mean.shape[1] == 3
-        assert not torch.equal(cache.key_mean[:, 0], cache.key_mean[:, 1])
+        assert cache.means["key_mean"].shape[1] == 3
+        assert not torch.equal(cache.means["key_mean"][:, 0], cache.means["key_mean"][:, 1])
 
     @pytest.mark.parametrize("offset", [0.0, 100.0, 3000.0])
     def test_a_common_offset_of_all_keys_costs_nothing(
@@ -608,7 +606,7 @@ class TestBytes:
         storages = [
             b.untyped_storage() for pool in cache.pools.values() for b in pool.storage.values() if b.numel()
         ]
-        means = cache.key_mean.nbytes if cache.key_mean is not None else 0
+        means = sum(mean.nbytes for mean in cache.means.values())
         assert (
             cache.nbytes == planned_bytes(spec, geometry, dtype) == sum(s.nbytes() for s in storages) + means
         )
@@ -874,7 +872,7 @@ class TestForget:
         assert not cache.table and cache.layout.resident == cache.layout.sinks == ()
         cache.check_integrity()
         cache.seek(30)
-        oracle = Oracle(cache.spec, TINY, mean=cache.key_mean)
+        oracle = Oracle(cache.spec, TINY, mean=cache.means.get("key_mean"))
         oracle.next_frame = 30
         keys, values = chunk_tensors(TINY, 3, 5)
         assert cache.begin(3).start == 30

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from itertools import groupby
 from typing import Any
@@ -13,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidkv.cache.formats import FORMATS
+from vidkv.cache.evidence import Evidence, evidence_bytes
 from vidkv.cache.formats.base import PageFormat
 from vidkv.cache.layout import Layout, OpenChunk
 from vidkv.cache.pool import PagePool
+from vidkv.cache.prune import most_different
 from vidkv.cache.saved import check_tensor, entry, whole_numbers
 from vidkv.cache.spec import CacheGeometry, CacheSpec
+from vidkv.cache.tiers import has_places, planned_pools, planned_tiers
 from vidkv.errors import CacheSpecError, CacheStateError, StateError
 from vidkv.kernels.paged_attention import PageRun
 from vidkv.kernels.rope import rotate_last
@@ -57,50 +61,43 @@ class Run:
         pool: its name.
         slots: (pages,) int64 on the cache's device.
         offsets: (pages,) frames from the open chunk's first frame, negative, likewise.
+        frames: which latent frames they are.
     """
 
     pool: str
     slots: Tensor
     offsets: Tensor
+    frames: tuple[int, ...]
+
+    def pages(self) -> list[Run]:
+        """Each page as a run of its own."""
+        places = [slice(i, i + 1) for i in range(len(self.frames))]
+        return [Run(self.pool, self.slots[i], self.offsets[i], self.frames[i]) for i in places]
 
 
 Segment = tuple[Run, ...]
 """What a two-pass read brings into scratch together, in position order."""
 
 
-def planned_pools(
-    spec: CacheSpec, geometry: CacheGeometry, dtype: torch.dtype
-) -> dict[str, tuple[PageFormat, int]]:
-    """The pools that a cache allocates, by name: (format, slots).
-
-    `pages` holds frames in the format of the spec; `full` exists only when a lossy spec keeps sinks or
-    the newest frames in the 16-bit (or fp32) format of the compute `dtype`. Each has room for its own
-    worst case: right after the start the sinks are the newest frames.
-    """
-    chosen = FORMATS[spec.format](spec, geometry)
-    capacity = spec.capacity(geometry.chunk_frames)
-    full, pages = 0, capacity
-    if not chosen.lossless:
-        sinks = spec.sink if spec.keep_sinks else 0
-        newest = geometry.chunk_frames if spec.keep_newest else 0
-        full = sinks + min(newest, capacity - sinks)
-        pages = capacity - sinks - min(newest, capacity - spec.sink)
-    pools = {"pages": (chosen, pages)}
-    if full:
-        plain = FORMATS["fp32" if dtype == torch.float32 else "bf16"](spec, geometry)
-        pools["full"] = (plain, full)
-    return pools
-
-
 def planned_bytes(spec: CacheSpec, geometry: CacheGeometry, dtype: torch.dtype = torch.bfloat16) -> int:
     """Bytes of a cache: its pools and, for formats that need them, the key means."""
     pools = planned_pools(spec, geometry, dtype)
     pages = sum(f.bytes_per_page() * geometry.layers * slots for f, slots in pools.values())
-    return pages + (_mean_elements(geometry) * 4 if pools["pages"][0].uses_key_mean else 0)
+    means = sum(math.prod(shape) * kind.itemsize for shape, kind in _means(spec, geometry, pools).values())
+    return pages + means + evidence_bytes(spec, geometry)
 
 
-def _mean_elements(geometry: CacheGeometry) -> int:
-    return geometry.layers * geometry.batch * geometry.kv_heads * geometry.head_dim
+def _means(
+    spec: CacheSpec, g: CacheGeometry, pools: Mapping[str, tuple[PageFormat, int]]
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of what is frozen at the first commit: mean keys, of all places and of each."""
+    heads = g.layers, g.batch, g.kv_heads
+    means: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    if any(format.uses_key_mean for format, _ in pools.values()):
+        means["key_mean"] = (*heads, g.head_dim), torch.float32
+    if has_places(spec):
+        means["keyframe"] = (*heads, g.tokens, g.head_dim), torch.bfloat16
+    return means
 
 
 class KVCache:
@@ -136,7 +133,8 @@ class KVCache:
     ) -> None:
         self.spec, self.geometry, self.device, self.dtype = spec, geometry, torch.device(device), dtype
         self.layout = Layout(spec, geometry.chunk_frames)
-        self.plan = planned_pools(spec, geometry, dtype)
+        self.tiers = planned_tiers(spec, geometry, dtype)
+        self.plan = {tier.name: (tier.format, tier.slots) for tier in reversed(self.tiers)}
         if pools is None:
             pools = {name: PagePool(f, slots, device) for name, (f, slots) in self.plan.items()}
         else:
@@ -151,10 +149,11 @@ class KVCache:
         self.opened: OpenChunk | None = None
         self.segments: tuple[Segment, ...] = ()
         self.history: tuple[Run, ...] = ()
-        self.key_mean: Tensor | None = None
-        if self.plan["pages"][0].uses_key_mean:
-            g = geometry
-            self.key_mean = torch.zeros(g.layers, g.batch, g.kv_heads, g.head_dim, device=device)
+        self.means = {
+            name: torch.zeros(shape, dtype=kind, device=device)
+            for name, (shape, kind) in _means(spec, geometry, self.plan).items()
+        }
+        self.evidence = Evidence(spec, geometry, self.device) if spec.select else None
         self._mean_frozen = False
         self._serial = 0
         self._commit: _Commit | None = None
@@ -163,9 +162,15 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated: pools, each storage counted once, and key means."""
-        means = self.key_mean.nbytes if self.key_mean is not None else 0
-        return sum(pool.nbytes for pool in self.pools.values()) + means
+        """Bytes allocated: pools, each storage counted once, key means, and what a selection goes by."""
+        own = sum(mean.nbytes for mean in self.means.values())
+        own += self.evidence.nbytes if self.evidence else 0
+        return sum(pool.nbytes for pool in self.pools.values()) + own
+
+    @property
+    def scored(self) -> bool:
+        """Whether the clean pass is to measure what each page gets of the attention."""
+        return self.layout.policy.scored
 
     @property
     def bytes_per_frame(self) -> int:
@@ -179,7 +184,9 @@ class KVCache:
             at_once: it may be longer than a chunk, to build the cache anew from clean latents.
         """
         self._expect(State.IDLE)
-        self.opened = self.layout.begin(frames, at_once)
+        selecting = self.evidence is not None and len(self.layout.resident) > self.layout.readable
+        relevance = self.evidence.relevance(self.layout.resident) if self.evidence and selecting else None
+        self.opened = self.layout.begin(frames, at_once, relevance)
         self.segments, self.history = self._read_plan(self.opened)
         self.state = State.OPEN
         return self.opened
@@ -231,16 +238,28 @@ class KVCache:
             temporal: frame phases (pages, time pairs) of each run, to turn keys by; None leaves them.
 
         Returns:
-            k, v: (batch, kv_heads, pages, tokens, head_dim) in the compute dtype.
+            k, v: (batch, kv_heads, keys, head_dim) in the compute dtype, page after page.
         """
         parts = []
         for index, run in enumerate(segment):
             pool = self._reading(layer, run)
             phases, mean = temporal[index] if temporal else None, self._mean(layer, pool.format)
-            parts.append(pool.format.read(pool.storage, layer, run.slots, self.dtype, phases, mean))
+            k, v = pool.format.read(pool.storage, layer, run.slots, self.dtype, phases, mean)
+            parts.append((k.flatten(2, 3), v.flatten(2, 3)))
         if len(parts) == 1:
             return parts[0]
         return torch.cat([k for k, _ in parts], 2), torch.cat([v for _, v in parts], 2)
+
+    def key_noise(self, layer: int, segment: Segment) -> Tensor | None:
+        """Mean squared error of a channel of a segment's keys (batch, kv_heads); None if it is not kept."""
+        noises, pages = [], 0
+        for run in segment:
+            pool = self.pools[run.pool]
+            noise = pool.format.key_noise(pool.storage, layer, run.slots)
+            pages += len(run.slots)
+            if noise is not None:
+                noises.append(noise.sum(0))
+        return sum(noises[1:], noises[0]) / pages if noises else None
 
     def pages(self, layer: int, run: Run, temporal: Tensor) -> PageRun:
         """Pages of one layer where they lie, for the fused read.
@@ -262,7 +281,23 @@ class KVCache:
         return pool
 
     def _mean(self, layer: int, format: PageFormat) -> Tensor | None:
-        return self.key_mean[layer] if self.key_mean is not None and format.uses_key_mean else None
+        if not format.uses_key_mean:
+            return None
+        return self.means["keyframe" if format.narrow and self.spec.keyframe else "key_mean"][layer]
+
+    def observe(self, layer: int, q: Tensor, k: Tensor, mass: Mapping[int, Tensor] | None = None) -> None:
+        """Take in what the clean pass shows of one layer.
+
+        Args:
+            q, k: of the chunk (batch, frames, tokens, heads, head_dim), k with kv_heads; not rotated.
+            mass: by frame, its share of the attention, mean over videos, heads and queries.
+        """
+        assert self._commit is not None and self.opened is not None
+        start = self.opened.start
+        if self.evidence:
+            self.evidence.take(layer, range(start, start + self.opened.frames), q, k)
+        for frame, share in (mass or {}).items():
+            self._commit.mass[frame] = self._commit.mass.get(frame, 0) + share / self.geometry.layers
 
     def write(self, layer: int, k: Tensor, v: Tensor, spatial: Tensor | None = None) -> None:
         """Commit one layer of the open chunk; the layer must not be read again in this pass.
@@ -276,18 +311,33 @@ class KVCache:
         if layer in self._commit.written:
             raise CacheStateError(f"layer {layer} of this chunk is committed already")
         self._commit.written.add(layer)
-        if self.key_mean is not None and not self._mean_frozen:
-            turned = k.float() if spatial is None else rotate_last(k.float(), spatial)
-            self.key_mean[layer] = turned.mean((2, 3))
+        if self.means and not self._mean_frozen:
+            self._freeze_means(layer, k, spatial)
         for demotion in self._commit.demotions:
-            full, pages = self.pools["full"], self.pools["pages"]
-            old = full.format.read(full.storage, layer, demotion.source, self.dtype, None, None)
-            mean = self._mean(layer, pages.format)
-            pages.format.write(pages.storage, layer, demotion.target, *old, None, mean)
+            pool = self.pools[demotion.origin]
+            mean = self._mean(layer, pool.format)
+            old = pool.format.read(pool.storage, layer, demotion.source, self.dtype, None, mean)
+            self._store(layer, demotion.pool, demotion.target, *old, None)
         for name, (indices, slots) in self._commit.writes.items():
-            pool = self.pools[name]
-            chosen = k[:, :, indices], v[:, :, indices]
-            pool.format.write(pool.storage, layer, slots, *chosen, spatial, self._mean(layer, pool.format))
+            self._store(layer, name, slots, k[:, :, indices], v[:, :, indices], spatial)
+
+    def _freeze_means(self, layer: int, k: Tensor, spatial: Tensor | None) -> None:
+        turned = k.float() if spatial is None else rotate_last(k.float(), spatial)
+        if "key_mean" in self.means:
+            self.means["key_mean"][layer] = turned.mean((2, 3))
+        if "keyframe" in self.means:
+            self.means["keyframe"][layer] = turned.mean(2).to(self.means["keyframe"].dtype)
+
+    def _store(
+        self, layer: int, name: str, slots: Tensor, k: Tensor, v: Tensor, spatial: Tensor | None
+    ) -> None:
+        """Lay pages down in slots of a pool, which may hold fewer tokens of each."""
+        pool = self.pools[name]
+        kept = pool.format.tokens
+        if kept < k.shape[3]:
+            k, spatial = k if spatial is None else rotate_last(k, spatial), None
+            k, v = most_different(k, v, self.means["keyframe"][layer], kept)
+        pool.format.write(pool.storage, layer, slots, k, v, spatial, self._mean(layer, pool.format))
 
     def fork(self) -> KVCache:
         """A second cache with the same history; pages are shared until each has moved on."""
@@ -297,8 +347,8 @@ class KVCache:
         for frame, page in self.table.items():
             self.pools[page.pool].retain(page.slot)
             other.table[frame] = page
-        if self.key_mean is not None:
-            other.key_mean = self.key_mean.clone()
+        other.means = {name: mean.clone() for name, mean in self.means.items()}
+        other.evidence = copy.deepcopy(self.evidence)
         other._mean_frozen, other._serial = self._mean_frozen, self._serial
         return other
 
@@ -326,14 +376,18 @@ class KVCache:
             slots = [self.table[f].slot for f in self.layout.resident if pages and self.table[f].pool == name]
             for key, buffer in pool.storage.items():
                 tensors[f"{name}.{key}"] = buffer[:, slots].cpu().contiguous()
-        if self.key_mean is not None:
-            tensors["key_mean"] = self.key_mean.clone().cpu()
+        tensors |= {name: mean.clone().cpu() for name, mean in self.means.items()}
+        if self.evidence:
+            rows = [self.evidence.rows[frame] for frame in self.layout.resident]
+            tensors["evidence.keys"] = self.evidence.keys[rows].cpu()
+            tensors["evidence.queries"] = self.evidence.queries.clone().cpu()
         header = {
             "spec": self.spec.model_dump(),
             "resident": [[frame, self.table[frame].pool] for frame in self.layout.resident],
             "serials": [self.table[frame].serial for frame in self.layout.resident],
             "next_serial": self._serial,
             "sinks": list(self.layout.sinks),
+            "scores": [self.layout.scores.get(frame) for frame in self.layout.resident],
             "next_frame": self.layout.next_frame,
             "mean_frozen": self._mean_frozen,
         }
@@ -358,13 +412,20 @@ class KVCache:
             slot = pool.acquire()
             pool.load(slot, {key: tensors[f"{name}.{key}"][:, index] for key in pool.storage})
             self.table[frame] = Page(name, slot, serial)
-        if self.key_mean is not None:
-            self.key_mean.copy_(tensors["key_mean"])
+        for name, mean in self.means.items():
+            mean.copy_(tensors[name])
         self._mean_frozen, self._serial = header["mean_frozen"], header["next_serial"]
         self.layout = Layout(self.spec, self.geometry.chunk_frames)
         self.layout.resident = tuple(frame for frame, _ in header["resident"])
         self.layout.sinks = tuple(header["sinks"])
         self.layout.next_frame = header["next_frame"]
+        scores = zip(self.layout.resident, header["scores"], strict=True)
+        self.layout.scores = {frame: score for frame, score in scores if score is not None}
+        if self.evidence:
+            self.evidence.rows = {}
+            self.evidence.arrange(self.layout.resident)
+            self.evidence.keys[: len(self.layout.resident)] = tensors["evidence.keys"]
+            self.evidence.queries.copy_(tensors["evidence.queries"])
         self.state = State.IDLE
         self._forget_chunk()
 
@@ -407,8 +468,15 @@ class KVCache:
             raise StateError(
                 f"the saved serials are {serials!s:.60}, not {len(resident)} different below {given.stop}"
             )
-        if self.key_mean is not None:
-            check_tensor(tensors, "key_mean", tuple(self.key_mean.shape), self.key_mean.dtype)
+        for name, mean in self.means.items():
+            check_tensor(tensors, name, tuple(mean.shape), mean.dtype)
+        if self.evidence:
+            shape = tuple(self.evidence.queries.shape)
+            check_tensor(tensors, "evidence.keys", (len(resident), *shape), torch.float16)
+            check_tensor(tensors, "evidence.queries", shape, torch.float32)
+        scores = entry(header, "scores", list)
+        if len(scores) != len(resident) or any(type(x) not in (float, type(None)) for x in scores):
+            raise StateError(f"the saved scores are {scores!s:.60}, not {len(resident)} numbers")
 
     def check_integrity(self) -> None:
         """Audit the page table.
@@ -482,15 +550,15 @@ class KVCache:
 
     def _run(self, pool: str, placed: Sequence[tuple[int, Page, int]]) -> Run:
         slots, offsets = ([p.slot for _, p, _ in placed], [offset for _, _, offset in placed])
-        return Run(pool, *(torch.tensor(x, device=self.device) for x in (slots, offsets)))
+        frames = tuple(frame for frame, _, _ in placed)
+        at, away = (torch.tensor(x, device=self.device) for x in (slots, offsets))
+        return Run(pool, at, away, frames)
 
     def _pool_of(self, frame: int, sinks: Collection[int], end: int) -> str:
         """Where a frame belongs when `end` latent frames are committed."""
-        if "full" not in self.pools:
-            return "pages"
-        sink = self.spec.keep_sinks and frame in sinks
-        newest = self.spec.keep_newest and frame >= end - self.geometry.chunk_frames
-        return "full" if sink or newest else "pages"
+        if self.spec.keep_sinks and frame in sinks and self.tiers[0].name == "full":
+            return "full"
+        return next(tier.name for tier in self.tiers if end - 1 - frame < tier.below)
 
     def _plan_commit(self) -> _Commit:
         """Reassign slots on the host: leaving pages, demotions and the new chunk."""
@@ -500,14 +568,21 @@ class KVCache:
         for frame in [f for f in self.table if f not in kept]:
             page = self.table.pop(frame)
             self.pools[page.pool].release(page.slot)
-        demoted: tuple[list[int], list[int]] = ([], [])
-        for frame, page in list(self.table.items()):
-            if page.pool == "full" and self._pool_of(frame, sinks, end) == "pages":
-                target = self._new_page("pages")
-                demoted[0].append(page.slot)
-                demoted[1].append(target.slot)
-                self.pools["full"].release(page.slot)
+        demotions = []
+        # the oldest first, so that the slots they leave are free for those behind them
+        for tier in reversed(self.tiers):
+            leaving: dict[str, list[tuple[int, int]]] = {}
+            for frame, page in list(self.table.items()):
+                name = self._pool_of(frame, sinks, end)
+                if page.pool != tier.name or name == tier.name:
+                    continue
+                target = self._new_page(name)
+                leaving.setdefault(name, []).append((page.slot, target.slot))
+                self.pools[page.pool].release(page.slot)
                 self.table[frame] = target
+            for name, pairs in leaving.items():
+                source, target_slots = torch.tensor(pairs, device=self.device).unbind(1)
+                demotions.append(_Demotion(tier.name, source, name, target_slots))
         writes: dict[str, tuple[list[int], list[int]]] = {}
         for frame in (f for f in kept if f >= start):
             name = self._pool_of(frame, sinks, end)
@@ -516,16 +591,14 @@ class KVCache:
             indices, slots = writes.setdefault(page.pool, ([], []))
             indices.append(frame - start)
             slots.append(page.slot)
-        demotions = (
-            (_Demotion(*(torch.tensor(x, device=self.device) for x in demoted)),) if demoted[0] else ()
-        )
+        if self.evidence:
+            self.evidence.arrange(kept)
         return _Commit(
             demotions,
             {
                 name: (_span(indices), torch.tensor(slots, device=self.device))
                 for name, (indices, slots) in writes.items()
             },
-            set(),
         )
 
     def _new_page(self, pool: str) -> Page:
@@ -536,7 +609,9 @@ class KVCache:
         self.opened, self.segments, self.history, self._commit = None, (), (), None
 
     def _finish(self, commit: _Commit) -> None:
-        self.layout.commit()
+        # one transfer, not one a frame
+        shares = torch.stack([*commit.mass.values()]).tolist() if commit.mass else []
+        self.layout.commit(dict(zip(commit.mass, shares, strict=True)))
         self._mean_frozen = True
         self.state = State.IDLE
         self._forget_chunk()
@@ -559,9 +634,11 @@ def _span(indices: list[int]) -> slice | list[int]:
 
 @dataclass(frozen=True)
 class _Demotion:
-    """Pages that move down: slots (pages,) int64 in `full` and in `pages`."""
+    """Pages that move down: from slots (pages,) int64 of one pool to those of another."""
 
+    origin: str
     source: Tensor
+    pool: str
     target: Tensor
 
 
@@ -570,11 +647,13 @@ class _Commit:
     """Slot assignments of one clean pass.
 
     Attributes:
-        demotions: of the chunk that is newest no longer; at most one.
+        demotions: in the order in which they must be made.
         writes: per pool, which of the chunk's frames and the slots (frames,) int64 they go to.
         written: layers done.
+        mass: by frame that was read, its share of the attention so far.
     """
 
-    demotions: tuple[_Demotion, ...]
+    demotions: list[_Demotion]
     writes: dict[str, tuple[slice | list[int], Tensor]]
-    written: set[int]
+    written: set[int] = field(default_factory=set)
+    mass: dict[int, Tensor] = field(default_factory=dict)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vidkv.errors import CacheSpecError
 
@@ -18,16 +18,31 @@ class CacheSpec(BaseModel):
     format or a switch.
 
     Attributes:
-        format: how committed pages are stored; a module of `vidkv.cache.formats`.
-        window: latent frames attended, sinks and current chunk included.
+        format: how committed pages are stored in the end; a module of `vidkv.cache.formats`.
+        window: latent frames kept, sinks and current chunk included; all of them are attended unless
+            `select` says otherwise.
         sink: first latent frames, kept for good.
         policy: which pages leave when the window is full; a module of `vidkv.cache.policies`.
         positions: `relative` puts the frames that are left next to each other (sinks beside the
             window); `absolute` keeps true distances, as stock models were trained.
         keep_newest: hold as many of the newest frames as a chunk has in 16 bits (fp32 on the CPU); they
-            are quantized when newer ones arrive.
-        keep_sinks: never quantize sink frames.
-        value_scale: what one INT8 scale of V covers: a `token` of a head, or a `channel` of a page.
+            are quantized when newer ones arrive. On by default below eight bits.
+        keep_sinks: never quantize sink frames. On by default below eight bits.
+        newer: formats of the newest frames, newest first, behind those of `keep_newest`: `int8:6` or
+            `int8:6+int4:9`, each with its number of latent frames. A page moves on as it ages.
+        value_scale, key_scale: what one scale of V or K covers: a `token` of a head (or a `group` of its
+            channels), or a `channel` of a page. INT8 keys have scales per token.
+        group: channels of a token that share a scale, below eight bits; 0 for the whole head.
+        hadamard: turn channels by a Hadamard matrix before coding, below eight bits (QuaRot, 2404.00456).
+        fit: scales with the least squared `error`, or the `largest` value (nothing is clipped), likewise.
+        keyframe: code keys against the mean of the first chunk at the same place in the picture instead of
+            the mean of all places, likewise.
+        jensen: take out of the attention what zero-mean noise of the keys adds on average (2605.26266),
+            likewise.
+        keep_tokens: share of a page's tokens that stay once it has its final format: those whose keys differ
+            most from the first frame's at the same place.
+        select: latent frames attended of those in the window, sinks and current chunk included: half of the
+            others are the newest, half those whose mean keys meet the last chunk's queries best. 0: all.
         segment: pages that a two-pass read brings into scratch at a time.
     """
 
@@ -40,8 +55,25 @@ class CacheSpec(BaseModel):
     positions: Literal["relative", "absolute"] = "relative"
     keep_newest: bool = False
     keep_sinks: bool = False
+    newer: str = ""
     value_scale: Literal["token", "channel"] = "token"
+    key_scale: Literal["token", "channel"] = "token"
+    group: int = Field(default=0, ge=0)
+    hadamard: bool = True
+    fit: Literal["error", "largest"] = "error"
+    keyframe: bool = False
+    jensen: bool = False
+    keep_tokens: float = Field(default=1.0, gt=0, le=1)
+    select: int = Field(default=0, ge=0)
     segment: int = Field(default=6, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _below_eight_bits(cls, values: Any) -> Any:
+        """The largest errors stay out of what is attended most, unless it is asked for."""
+        if isinstance(values, Mapping) and _is_narrow(values.get("format")):
+            return {"keep_newest": True, "keep_sinks": True} | dict(values)
+        return values
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> CacheSpec:
@@ -88,12 +120,28 @@ class CacheSpec(BaseModel):
 
     def __str__(self) -> str:
         parts = [self.format]
-        for name, field in type(self).model_fields.items():
+        for name in type(self).model_fields:
             value = getattr(self, name)
-            if name == "format" or (value == field.default and name not in ("window", "sink")):
+            if name == "format" or (value == self._default(name) and name not in ("window", "sink")):
                 continue
-            parts.append(name if value is True else f"{name}={value}")
+            parts.append(name if value is True else f"{name}={str(value).lower()}")
         return ",".join(parts)
+
+    def _default(self, name: str) -> Any:
+        if name in ("keep_newest", "keep_sinks"):
+            return _is_narrow(self.format)
+        return type(self).model_fields[name].default
+
+    @property
+    def tiers(self) -> list[tuple[str, int]]:
+        """(format, latent frames) of `newer`, newest first."""
+        parts = [part.partition(":") for part in self.newer.split("+")] if self.newer else []
+        return [(name, int(frames)) for name, _, frames in parts]
+
+    @property
+    def attended(self) -> int:
+        """Most latent frames that a chunk reads, itself included."""
+        return min(self.select or self.window, self.window)
 
     def _check_names(self) -> None:
         from vidkv.cache.formats import FORMATS
@@ -109,6 +157,29 @@ class CacheSpec(BaseModel):
             )
         if self.policy == "sliding_window" and self.sink:
             raise CacheSpecError(f"sink={self.sink}: the policy sliding_window keeps no sinks; say sink=0")
+        for part in self.newer.split("+") if self.newer else []:
+            name, _, frames = part.partition(":")
+            if name not in FORMATS or not frames.isascii() or not frames.isdecimal() or not int(frames):
+                raise CacheSpecError(
+                    f"newer={self.newer!r:.60}: {part!r:.40} is no FORMAT:FRAMES such as int8:6; "
+                    f"formats are {', '.join(FORMATS)}"
+                )
+        if not any(map(_is_narrow, (self.format, *(name for name, _ in self.tiers)))):
+            self._check_unused("group", "fit", "keyframe", "jensen", "key_scale", "hadamard")
+        if self.keyframe and self.keep_tokens < 1:
+            raise CacheSpecError("keyframe codes every token of a page; it does not go with keep_tokens")
+        if self.select and self.select > self.window:
+            raise CacheSpecError(f"select={self.select} of a window of {self.window}; choose fewer")
+
+    def _check_unused(self, *names: str) -> None:
+        from vidkv.cache.formats import FORMATS
+
+        given = [name for name in names if getattr(self, name) != self._default(name)]
+        if given:
+            raise CacheSpecError(
+                f"{given[0]} says how pages below eight bits are coded, and {self.format} pages are not; "
+                f"choose a format of {', '.join(filter(_is_narrow, FORMATS))}, or leave it out"
+            )
 
     def capacity(self, chunk_frames: int) -> int:
         """Latent frames that stay resident between chunks: window - chunk.
@@ -122,7 +193,18 @@ class CacheSpec(BaseModel):
                 f"window={self.window}; the window counts sinks and the current chunk, so it must be at "
                 f"least {self.sink + chunk_frames}"
             )
+        if self.select and self.sink + chunk_frames >= self.select:
+            raise CacheSpecError(
+                f"select={self.select}: sink={self.sink} and a chunk of {chunk_frames} latent frames leave "
+                f"nothing to select; say at least {self.sink + chunk_frames + 1}, or 0 for the whole window"
+            )
         return self.window - chunk_frames
+
+
+def _is_narrow(name: Any) -> bool:
+    from vidkv.cache.formats import FORMATS
+
+    return isinstance(name, str) and name in FORMATS and FORMATS[name].narrow
 
 
 @dataclass(frozen=True)

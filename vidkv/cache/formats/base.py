@@ -21,18 +21,25 @@ class PageFormat(ABC):
 
     Shapes: keys and values of m pages are (batch, kv_heads, m, tokens, head_dim).
 
+    Args:
+        tokens: of a page; those of a latent frame by default.
+
     Attributes:
         lossless: decoding gives back the 16-bit (or fp32) values that were written.
-        uses_key_mean: `write` and `read` need the frozen mean (batch, kv_heads, head_dim).
+        uses_key_mean: `write` and `read` need the frozen mean (batch, kv_heads, head_dim), or one for each
+            place (batch, kv_heads, tokens, head_dim) with a `keyframe`.
+        narrow: it has fewer than eight bits a channel.
         fused: the fused read takes these pages as they are (`kernels.paged_attention.PageRun`).
     """
 
     lossless: bool
     uses_key_mean: bool
+    narrow: bool = False
     fused: bool
 
-    def __init__(self, spec: CacheSpec, geometry: CacheGeometry) -> None:
+    def __init__(self, spec: CacheSpec, geometry: CacheGeometry, tokens: int | None = None) -> None:
         self.spec, self.geometry = spec, geometry
+        self.tokens = geometry.tokens if tokens is None else tokens
 
     @abstractmethod
     def buffers(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -59,6 +66,10 @@ class PageFormat(ABC):
         Args:
             temporal: frame phases (m, pairs) to turn keys by; None leaves them.
         """
+
+    def key_noise(self, storage: Storage, layer: int, slots: Tensor) -> Tensor | None:
+        """Mean squared error of a channel of the keys (pages, batch, kv_heads); None where it is not kept."""
+        return None
 
     def bytes_per_page(self) -> int:
         """Bytes of one latent frame of one layer, scales included, for the whole batch."""

@@ -24,8 +24,8 @@ class Int8(PageFormat):
 
     def buffers(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         g = self.geometry
-        codes = (g.batch, g.kv_heads, g.tokens, g.head_dim)
-        per_token = (g.batch, g.kv_heads, g.tokens, 1)
+        codes = (g.batch, g.kv_heads, self.tokens, g.head_dim)
+        per_token = (g.batch, g.kv_heads, self.tokens, 1)
         per_channel = (g.batch, g.kv_heads, 1, g.head_dim)
         return {
             "k": (codes, torch.int8),

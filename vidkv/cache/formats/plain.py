@@ -19,7 +19,7 @@ class Plain(PageFormat):
 
     def buffers(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         g = self.geometry
-        shape = (g.batch, g.kv_heads, g.tokens, g.head_dim)
+        shape = (g.batch, g.kv_heads, self.tokens, g.head_dim)
         return {"k": (shape, self.dtype), "v": (shape, self.dtype)}
 
     def write(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from vidkv.cache.policies.base import Policy
 
@@ -10,5 +10,11 @@ from vidkv.cache.policies.base import Policy
 class SlidingWindow(Policy):
     """Drops the oldest frames (Self-Forcing's rolling cache)."""
 
-    def evict(self, frames: Sequence[int], capacity: int, sinks: Collection[int]) -> set[int]:
+    def evict(
+        self,
+        frames: Sequence[int],
+        capacity: int,
+        held: Collection[int],
+        scores: Mapping[int, float] | None = None,
+    ) -> set[int]:
         return set(frames[: max(0, len(frames) - capacity)])

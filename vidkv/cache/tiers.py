@@ -1,0 +1,84 @@
+"""Which formats a cache's pages pass through as they age, and how many slots each of them takes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from vidkv.cache.formats import FORMATS
+from vidkv.cache.formats.base import PageFormat
+from vidkv.cache.spec import CacheGeometry, CacheSpec
+from vidkv.errors import CacheSpecError
+
+
+@dataclass(frozen=True)
+class Tier:
+    """Pages of one format.
+
+    Attributes:
+        name: of its pool: `full`, 16 bits (or fp32) for sinks and the newest; a format's name; or `pages`,
+            which hold what is older than all others.
+        slots: pages at most.
+        below: latent frames younger than this many belong here, if not into one before it.
+    """
+
+    name: str
+    format: PageFormat
+    slots: int
+    below: float
+
+
+def planned_tiers(spec: CacheSpec, geometry: CacheGeometry, dtype: torch.dtype) -> list[Tier]:
+    """The tiers of a cache, those of the newest frames first.
+
+    Each has room for its own worst case: right after the start the sinks are the newest frames.
+
+    Args:
+        dtype: compute dtype, which decides what `full` pages hold.
+
+    Raises:
+        CacheSpecError: the settings do not fit these pages.
+    """
+    final = FORMATS[spec.format](spec, geometry, _tokens(spec, geometry))
+    capacity = spec.capacity(geometry.chunk_frames)
+    full = not final.lossless and (spec.keep_sinks or spec.keep_newest)
+    sinks = spec.sink if full and spec.keep_sinks else 0
+    ages = [("full", geometry.chunk_frames if spec.keep_newest else 0)] if full else []
+    ages += spec.tiers
+    names = [name for name, _ in ages]
+    if len({*names, spec.format}) <= len(names):
+        raise CacheSpecError(f"newer={spec.newer!r:.60} names a format twice, or that of the oldest pages")
+    tiers: list[Tier] = []
+    younger = 0
+    for name, frames in ages:
+        plain = "fp32" if dtype == torch.float32 else "bf16"
+        format = FORMATS[plain if name == "full" else name](spec, geometry)
+        slots = min(frames, max(0, capacity - sinks - younger)) + (sinks if name == "full" else 0)
+        younger += frames
+        tiers.append(Tier(name, format, slots, younger))
+    rest = capacity - sinks - min(younger, capacity - spec.sink)
+    return [*tiers, Tier("pages", final, rest, math.inf)]
+
+
+def planned_pools(
+    spec: CacheSpec, geometry: CacheGeometry, dtype: torch.dtype
+) -> dict[str, tuple[PageFormat, int]]:
+    """The pools that a cache allocates, by name: (format, slots); see `planned_tiers`."""
+    tiers = planned_tiers(spec, geometry, dtype)
+    return {tier.name: (tier.format, tier.slots) for tier in reversed(tiers)}
+
+
+def newest_frames(spec: CacheSpec, chunk_frames: int) -> int:
+    """Of the newest frames, how many change their format with age, and so must not be evicted before."""
+    return (chunk_frames if spec.keep_newest else 0) + sum(frames for _, frames in spec.tiers)
+
+
+def has_places(spec: CacheSpec) -> bool:
+    """Whether the first chunk's mean keys are kept for every place: to code against, or to prune by."""
+    return spec.keyframe or spec.keep_tokens < 1
+
+
+def _tokens(spec: CacheSpec, geometry: CacheGeometry) -> int:
+    return math.ceil(spec.keep_tokens * geometry.tokens)
