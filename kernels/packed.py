@@ -207,7 +207,7 @@ def _decode_kernel(
                 group = (place * SIZE + within) // GROUP
                 scale = tl.load(scales + group[None, :], mask=ok, other=0.0).to(tl.float32)
                 # Sylvester's matrix over the parts: minus where an odd number of bits is set in both
-                odd: tl.constexpr = ((place & part & 1) + ((place & part) >> 1)) % 2
+                odd: tl.constexpr = ((place & part & 1) + ((place & part) >> 1)) % 2 if TURNED else 0
                 x += code * scale * (1.0 - 2.0 * odd)
         if TURNED:
             x = tl.dot(x, matrix, input_precision="ieee") * HALF

@@ -556,8 +556,8 @@ class KVCache:
 
     def _pool_of(self, frame: int, sinks: Collection[int], end: int) -> str:
         """Where a frame belongs when `end` latent frames are committed."""
-        if self.spec.keep_sinks and frame in sinks and self.tiers[0].name == "full":
-            return "full"
+        if self.spec.keep_sinks and frame in sinks:
+            return self.tiers[0].name
         return next(tier.name for tier in self.tiers if end - 1 - frame < tier.below)
 
     def _plan_commit(self) -> _Commit:

@@ -27,7 +27,8 @@ class CacheSpec(BaseModel):
             window); `absolute` keeps true distances, as stock models were trained.
         keep_newest: hold as many of the newest frames as a chunk has in 16 bits (fp32 on the CPU); they
             are quantized when newer ones arrive. On by default below eight bits.
-        keep_sinks: never quantize sink frames. On by default below eight bits.
+        keep_sinks: sink frames stay in the format of the newest ones: 16 bits, or the first of `newer` where
+            those are not kept. On by default below eight bits.
         newer: formats of the newest frames, newest first, behind those of `keep_newest`: `int8:6` or
             `int8:6+int4:9`, each with its number of latent frames. A page moves on as it ages.
         value_scale, key_scale: what one scale of V or K covers: a `token` of a head (or a `group` of its

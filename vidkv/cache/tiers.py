@@ -18,8 +18,8 @@ class Tier:
     """Pages of one format.
 
     Attributes:
-        name: of its pool: `full`, 16 bits (or fp32) for sinks and the newest; a format's name; or `pages`,
-            which hold what is older than all others.
+        name: of its pool: `full`, 16 bits (or fp32); a format's name; or `pages`, which hold what is older
+            than all others.
         slots: pages at most.
         below: latent frames younger than this many belong here, if not into one before it.
     """
@@ -43,10 +43,10 @@ def planned_tiers(spec: CacheSpec, geometry: CacheGeometry, dtype: torch.dtype) 
     """
     final = FORMATS[spec.format](spec, geometry, _tokens(spec, geometry))
     capacity = spec.capacity(geometry.chunk_frames)
-    full = not final.lossless and (spec.keep_sinks or spec.keep_newest)
-    sinks = spec.sink if full and spec.keep_sinks else 0
+    full = not final.lossless and (spec.keep_newest or (spec.keep_sinks and not spec.tiers))
     ages = [("full", geometry.chunk_frames if spec.keep_newest else 0)] if full else []
     ages += spec.tiers
+    sinks = spec.sink if ages and spec.keep_sinks else 0
     names = [name for name, _ in ages]
     if len({*names, spec.format}) <= len(names):
         raise CacheSpecError(f"newer={spec.newer!r:.60} names a format twice, or that of the oldest pages")
@@ -55,7 +55,7 @@ def planned_tiers(spec: CacheSpec, geometry: CacheGeometry, dtype: torch.dtype) 
     for name, frames in ages:
         plain = "fp32" if dtype == torch.float32 else "bf16"
         format = FORMATS[plain if name == "full" else name](spec, geometry)
-        slots = min(frames, max(0, capacity - sinks - younger)) + (sinks if name == "full" else 0)
+        slots = min(frames, max(0, capacity - sinks - younger)) + (0 if tiers else sinks)
         younger += frames
         tiers.append(Tier(name, format, slots, younger))
     rest = capacity - sinks - min(younger, capacity - spec.sink)
