@@ -19,14 +19,15 @@ import torch
 from torch import Tensor
 
 from vidkv.kernels.int8 import round_up
-from vidkv.kernels.jit import jit, tl, triton, turn, usable
+from vidkv.kernels.jit import ROUND, jit, tl, triton, turn, usable
+from vidkv.kernels.pages import round_up_half
 from vidkv.kernels.rope import rotate_first
 
 BITS = (2, 4, 8)
-SHRINK = (1.0, 0.93, 0.86, 0.8, 0.74, 0.68, 0.62, 0.56, 0.5, 0.44)
-"""Parts of the scale that clips nothing, of which the one with the least squared error is taken."""
-DECODE_TOKENS = 32
-"""Tokens per program of the decoding kernel."""
+TRIED, TRIED_STEP = 10, 0.0625
+"""Scales that are tried for the least squared error: the one that clips nothing, and each next one smaller by
+so much of it."""
+TOKENS_PER_PROGRAM = 32
 LEAST_PART = 16
 """Channels that a part of a byte must stand for, for the matrix units to take them."""
 
@@ -52,8 +53,8 @@ def quantize(x: Tensor, bits: int, group: int, per_channel: bool, least_error: b
     best_scale = round_up(widest)
     if least_error:
         best = torch.full_like(widest, math.inf)
-        for shrink in SHRINK:
-            scale = round_up(widest * shrink)
+        for step in range(TRIED):
+            scale = round_up(widest * (1 - step * TRIED_STEP))
             wide = scale.float()
             error = (_levels(_codes(grouped, wide, top), wide, top) - grouped).square_()
             total = error.sum(over, keepdim=True)
@@ -109,6 +110,41 @@ def dequantize(packed: Tensor, scale: Tensor, bits: int, turned: bool, dtype: to
     return (x @ hadamard(x.shape[-1], x.device, wide) if turned else x).to(dtype)
 
 
+def encode(
+    x: Tensor, packed: Tensor, scale: Tensor, slots: Tensor, bits: int, group: int, turned: bool,
+    least_error: bool, mean: Tensor | None,
+) -> None:  # fmt: skip
+    """Write keys or values of frames into slots, by the kernel where it can run.
+
+    Args:
+        x: (b, kv heads, frames, tokens, d); keys turned by row and column.
+        packed, scale: one layer of a pool as in `decode`; written.
+        slots: (frames,) int64.
+        group: channels that share a scale.
+        turned: turn by `hadamard` first.
+        least_error: see `quantize`.
+        mean: (b, kv heads, 1 or tokens, d) float32 to take out before; None takes out nothing.
+    """
+    d, one_scale = x.shape[-1], scale.shape[-2:] == (x.shape[-2], 1)
+    if usable(x) and one_scale and group == d and d & (d - 1) == 0 and d * bits // 8 >= LEAST_PART:
+        _encode(x, packed, scale, slots, bits, turned, least_error, mean)
+        return
+    codes, scales = encode_reference(x, bits, group, scale.shape[-2:] == (1, d), turned, least_error, mean)
+    packed.index_copy_(0, slots, codes)
+    scale.index_copy_(0, slots, scales)
+
+
+def encode_reference(
+    x: Tensor, bits: int, group: int, per_channel: bool, turned: bool, least_error: bool, mean: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What `encode` puts into slots: packed codes (frames, b, kv heads, tokens, bytes) and scales."""
+    x = x.float() if mean is None else x.float() - mean[:, :, None]
+    if turned:
+        x = x @ hadamard(x.shape[-1], x.device)
+    codes, scale = quantize(x, bits, group, per_channel, least_error)
+    return pack(codes, bits).movedim(2, 0), scale.movedim(2, 0)
+
+
 def decode(
     packed: Tensor, scale: Tensor, slots: Tensor, bits: int, turned: bool, mean: Tensor | None,
     temporal: Tensor | None, dtype: torch.dtype,
@@ -156,17 +192,18 @@ def _decode(
 ) -> Tensor:  # fmt: skip
     out = _empty(packed, scale, slots, bits, turned, mean, turns, dtype)
     b, heads, tokens, size = packed.shape[1:]
-    d, parts = out.shape[-1], 8 // bits
-    per_channel = scale.shape[-2] == 1 and tokens > 1
-    matrix = hadamard(size, packed.device) if turned else scale
-    _decode_kernel[(triton.cdiv(tokens, DECODE_TOKENS), slots.shape[0], b * heads)](
-        packed, scale, out if mean is None else mean, slots, out if turns is None else turns, matrix, out,
-        tokens, slots.shape[0], b * heads, 0 if per_channel else scale.shape[-1],
-        scale.shape[-2] * scale.shape[-1], 0 if mean is None or mean.shape[-2] == 1 else d,
-        0 if mean is None else mean.shape[-2] * d,
-        D=d, PARTS=parts, BITS=bits, GROUP=d // scale.shape[-1], TURNED=turned, MEAN=mean is not None,
-        PAIRS=0 if turns is None else turns.shape[1], BLOCK=DECODE_TOKENS, HALF=1 / math.sqrt(parts),
-        num_warps=4,
+    d, groups = out.shape[-1], scale.shape[-1]
+    per_channel = scale.shape[-2] == 1 and groups == d
+    one_scale = groups == 1 and not per_channel
+    # of ±1, which sixteen bits hold exactly like the codes
+    exact = hadamard(size, packed.device) * math.sqrt(size)
+    _decode_kernel[(triton.cdiv(tokens, TOKENS_PER_PROGRAM), slots.shape[0], b * heads)](
+        packed, scale, out if mean is None else mean, slots, out if turns is None else turns,
+        exact.half() if one_scale else exact, out, tokens, slots.shape[0], b * heads,
+        0 if per_channel else groups, scale.shape[-2] * groups, *_mean_strides(mean), 1 / math.sqrt(d),
+        D=d, PARTS=8 // bits, BITS=bits, GROUP=d // groups, ONE_SCALE=one_scale, TURNED=turned,
+        MEAN=mean is not None, PAIRS=0 if turns is None else turns.shape[1], BLOCK=TOKENS_PER_PROGRAM,
+        PRECISION="ieee" if dtype == torch.float32 else "tf32", num_warps=4,
     )  # fmt: skip
     return out
 
@@ -180,12 +217,92 @@ def _empty(
     return packed.new_empty(b, heads, slots.shape[0], tokens, size * 8 // bits, dtype=dtype)
 
 
+@torch.library.custom_op("vidkv::encode_packed", mutates_args=("packed", "scale"))
+def _encode(
+    x: Tensor, packed: Tensor, scale: Tensor, slots: Tensor, bits: int, turned: bool, least_error: bool,
+    mean: Tensor | None,
+) -> None:  # fmt: skip
+    b, heads, frames, tokens, d = x.shape
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    matrix = hadamard(d, x.device) if turned else x
+    _encode_kernel[(triton.cdiv(tokens, TOKENS_PER_PROGRAM), frames, b * heads)](
+        x, x if mean is None else mean, matrix, slots, packed, scale, *x.stride()[:4], tokens, heads,
+        b * heads, *_mean_strides(mean),
+        D=d, PARTS=8 // bits, BITS=bits, TURNED=turned, MEAN=mean is not None,
+        TRY=TRIED if least_error else 1, STEP=TRIED_STEP, BLOCK=TOKENS_PER_PROGRAM, num_warps=4,
+    )  # fmt: skip
+
+
+def _mean_strides(mean: Tensor | None) -> tuple[int, int]:
+    """From token to token and from one (video, head) to the next of a mean (b, kv heads, 1 or tokens, d)."""
+    if mean is None:
+        return 0, 0
+    places, d = mean.shape[-2:]
+    return 0 if places == 1 else d, places * d
+
+
+@_encode.register_fake
+def _(
+    x: Tensor, packed: Tensor, scale: Tensor, slots: Tensor, bits: int, turned: bool, least_error: bool,
+    mean: Tensor | None,
+) -> None:  # fmt: skip
+    return None
+
+
+@jit
+def _encode_kernel(
+    x_ptr, mean_ptr, matrix_ptr, slots_ptr, packed_ptr, scale_ptr,
+    stride_b, stride_n, stride_f, stride_s, tokens, heads, planes, mean_token, mean_plane,
+    D: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, TURNED: tl.constexpr, MEAN: tl.constexpr,
+    TRY: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    TOP: tl.constexpr = (2**BITS - 1) / 2
+    SIZE: tl.constexpr = D // PARTS
+    frame, plane = tl.program_id(1), tl.program_id(2)
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    channel = tl.arange(0, D)
+    ok = (token < tokens)[:, None]
+    batch, head = plane // heads, plane % heads
+    source = batch.to(tl.int64) * stride_b + frame * stride_f + token * stride_s + head * stride_n
+    x = tl.load(x_ptr + source[:, None] + channel[None, :], mask=ok, other=0.0).to(tl.float32)
+    if MEAN:
+        at = mean_ptr + plane * mean_plane + token[:, None] * mean_token + channel[None, :]
+        x -= tl.load(at, mask=ok, other=0.0)
+    if TURNED:
+        matrix = tl.load(matrix_ptr + channel[:, None] * D + channel[None, :])
+        x = tl.dot(x, matrix, input_precision="ieee")
+    widest = tl.div_rn(tl.max(tl.abs(x), 1), TOP)
+    scale = round_up_half(widest)
+    if TRY > 1:
+        least = tl.full((BLOCK,), float("inf"), tl.float32)
+        for step in range(TRY):
+            tried = round_up_half(widest * (1.0 - step * STEP))
+            wide = tl.broadcast_to(tried.to(tl.float32)[:, None], x.shape)
+            codes = tl.minimum(tl.maximum((tl.div_rn(x, wide) + TOP + ROUND) - ROUND, 0.0), 2 * TOP)
+            off = (codes - TOP) * wide - x
+            total = tl.sum(off * off, 1)
+            scale = tl.where(total < least, tried, scale)
+            least = tl.minimum(total, least)
+    # maxima pass over NaN, which must not become a code that looks right
+    scale = tl.where(tl.max((x != x).to(tl.int32), 1) > 0, float("nan"), scale)
+    wide = tl.broadcast_to(scale.to(tl.float32)[:, None], x.shape)
+    codes = tl.minimum(tl.maximum((tl.div_rn(x, wide) + TOP + ROUND) - ROUND, 0.0), 2 * TOP).to(tl.int32)
+    place = tl.arange(0, PARTS) * BITS
+    bytes = tl.sum(tl.reshape(codes, (BLOCK, PARTS, SIZE)) << place[None, :, None], 1)
+    target = (tl.load(slots_ptr + frame).to(tl.int64) * planes + plane) * tokens + token
+    within = tl.arange(0, SIZE)
+    tl.store(packed_ptr + target[:, None] * SIZE + within[None, :], bytes.to(tl.uint8), mask=ok)
+    tl.store(scale_ptr + target, scale, mask=token < tokens)
+
+
 @jit
 def _decode_kernel(
     packed_ptr, scale_ptr, mean_ptr, slots_ptr, turns_ptr, matrix_ptr, out_ptr,
-    tokens, pages, planes, scale_token, scale_plane, mean_token, mean_plane,
-    D: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, TURNED: tl.constexpr,
-    MEAN: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr,
+    tokens, pages, planes, scale_token, scale_plane, mean_token, mean_plane, root,
+    D: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ONE_SCALE: tl.constexpr,
+    TURNED: tl.constexpr, MEAN: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     SIZE: tl.constexpr = D // PARTS
     page, plane = tl.program_id(1), tl.program_id(2)
@@ -199,29 +316,37 @@ def _decode_kernel(
     target = ((plane.to(tl.int64) * pages + page) * tokens + token)[:, None] * D
     if TURNED:
         matrix = tl.load(matrix_ptr + within[:, None] * SIZE + within[None, :])
+    if ONE_SCALE:
+        of_token = tl.load(scales, mask=ok, other=0.0).to(tl.float32)
     for part in tl.static_range(PARTS):
         x = tl.zeros((BLOCK, SIZE), tl.float32)
         for place in tl.static_range(PARTS):
             if TURNED or place == part:
                 code = ((packed >> (place * BITS)) & (2**BITS - 1)).to(tl.float32) - (2**BITS - 1) / 2
-                group = (place * SIZE + within) // GROUP
-                scale = tl.load(scales + group[None, :], mask=ok, other=0.0).to(tl.float32)
+                if not ONE_SCALE:
+                    group = (place * SIZE + within) // GROUP
+                    code *= tl.load(scales + group[None, :], mask=ok, other=0.0).to(tl.float32)
                 # Sylvester's matrix over the parts: minus where an odd number of bits is set in both
-                odd: tl.constexpr = ((place & part & 1) + ((place & part) >> 1)) % 2 if TURNED else 0
-                x += code * scale * (1.0 - 2.0 * odd)
+                if TURNED and ((place & part & 1) + ((place & part) >> 1)) % 2 == 1:
+                    x -= code
+                else:
+                    x += code
         if TURNED:
-            x = tl.dot(x, matrix, input_precision="ieee") * HALF
+            if ONE_SCALE:
+                x = tl.dot(x.to(tl.float16), matrix) * root
+            else:
+                x = tl.dot(x, matrix, input_precision=PRECISION) * root
+        if ONE_SCALE:
+            x *= of_token
         channel = part * SIZE + within
         if MEAN:
-            x += tl.load(
-                mean_ptr + plane * mean_plane + token[:, None] * mean_token + channel[None, :],
-                mask=ok,
-                other=0.0,
-            )
+            at = mean_ptr + plane * mean_plane + token[:, None] * mean_token + channel[None, :]
+            x += tl.load(at, mask=ok, other=0.0)
         if PAIRS > 0:
             pair = part * (SIZE // 2) + pairs
             in_time = pair < PAIRS
-            at = turns_ptr + 2 * (page * PAIRS + pair)
-            cos, sin = tl.load(at, mask=in_time, other=1.0), tl.load(at + 1, mask=in_time, other=0.0)
+            turned_by = turns_ptr + 2 * (page * PAIRS + pair)
+            cos = tl.load(turned_by, mask=in_time, other=1.0)
+            sin = tl.load(turned_by + 1, mask=in_time, other=0.0)
             x = turn(x, cos[None, :], sin[None, :], BLOCK, SIZE)
         tl.store(out_ptr + target + channel[None, :], x.to(out_ptr.dtype.element_ty), mask=ok)

@@ -160,12 +160,18 @@ def _(
 
 
 @jit
-def _code(x):
-    """Codes (rows, D) and scales (rows,) fp16 of float32 x, as `int8.quantize`: scales round up."""
-    exact = tl.minimum(tl.maximum(tl.div_rn(tl.max(tl.abs(x), 1), 127.0), SMALLEST_NORMAL_HALF), LARGEST_HALF)
+def round_up_half(scale):
+    """float32 scales as fp16, none of them smaller, as `int8.round_up`."""
+    exact = tl.minimum(tl.maximum(scale, SMALLEST_NORMAL_HALF), LARGEST_HALF)
     half = exact.to(tl.float16)
     above = (half.to(tl.int16, bitcast=True) + 1).to(tl.float16, bitcast=True)
-    half = tl.where(half.to(tl.float32) < exact, above, half)
+    return tl.where(half.to(tl.float32) < exact, above, half)
+
+
+@jit
+def _code(x):
+    """Codes (rows, D) and scales (rows,) fp16 of float32 x, as `int8.quantize`: scales round up."""
+    half = round_up_half(tl.div_rn(tl.max(tl.abs(x), 1), 127.0))
     # maxima pass over NaN, which must not become a code that looks right
     half = tl.where(tl.max((x != x).to(tl.int32), 1) > 0, float("nan"), half)
     steps = tl.div_rn(x, tl.broadcast_to(half.to(tl.float32)[:, None], x.shape))

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 import torch
 
 from tests.tiny import noise, relative_l2
-from vidkv.kernels.packed import _decode, decode_reference, pack, quantize
+from vidkv.kernels.packed import (
+    _decode,
+    _encode,
+    decode_reference,
+    dequantize,
+    encode_reference,
+    pack,
+    quantize,
+)
 from vidkv.kernels.rope import temporal_phases
 
 BOUNDS = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -62,6 +70,10 @@ CASES += [
 ]
 
 
+ENCODED = [case for case in CASES if case.group == case.d]
+"""With one scale for a token: what the encoding kernel takes."""
+
+
 def assert_decodes(case: Case, dtype: torch.dtype, device: str) -> None:
     """The kernel's pages against the reference's in float64."""
     slots = torch.randperm(case.pages + SPARE, generator=torch.Generator().manual_seed(1))[: case.pages]
@@ -78,3 +90,31 @@ def assert_decodes(case: Case, dtype: torch.dtype, device: str) -> None:
     )  # fmt: skip
     assert got.dtype == dtype and got.shape == exact.shape
     assert relative_l2(got.cpu().double(), exact) < BOUNDS[dtype]
+
+
+def assert_encodes(case: Case, dtype: torch.dtype, device: str, least_error: bool) -> None:
+    """What the kernel wrote says as much as what the reference would have written, and nothing else is
+    touched. Sums of the turning matrix in another order move numbers over the edge of a code: codes are
+    compared by what they stand for."""
+    slots = torch.randperm(case.pages + SPARE, generator=torch.Generator().manual_seed(1))[: case.pages]
+    shape = (case.batch, case.heads, case.pages, case.tokens, case.d)
+    x = (3 * noise(*shape, seed=case.tokens)).to(dtype)
+    mean = noise(case.batch, case.heads, case.places, case.d, seed=2) if case.places else None
+    size = case.pages + SPARE, case.batch, case.heads, case.tokens
+    packed = torch.full((*size, case.d * case.bits // 8), 165, dtype=torch.uint8, device=device)
+    scale = torch.full((*size, 1), -7.0, dtype=torch.float16, device=device)
+    on_device = None if mean is None else mean.to(device)
+    _encode(x.to(device), packed, scale, slots.to(device), case.bits, case.turned, least_error, on_device)
+    untouched = sorted(set(range(len(packed))) - set(slots.tolist()))
+    assert bool((packed[untouched] == 165).all()) and bool((scale[untouched] == -7).all())
+    codes, scales = encode_reference(x, case.bits, case.d, False, case.turned, least_error, mean)
+    if not case.turned:
+        assert torch.equal(packed[slots].cpu(), codes) and torch.equal(scale[slots].cpu(), scales)
+    wanted = x.float() if mean is None else x.float() - mean[:, :, None]
+    back = [
+        dequantize(c, s, case.bits, case.turned, torch.float32).movedim(0, 2)
+        for c, s in ((packed[slots].cpu(), scale[slots].cpu()), (codes, scales))
+    ]
+    ours, theirs = (float((b - wanted).square().sum()) for b in back)
+    assert abs(ours - theirs) <= 1e-3 * theirs
+    assert float(((packed[slots].cpu() != codes).any(-1)).float().mean()) < 0.05

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernels.packed_cases import CASES, Case, assert_decodes
+from tests.kernels.packed_cases import CASES, ENCODED, Case, assert_decodes, assert_encodes
 
 pytestmark = [
     pytest.mark.gpu,
@@ -17,3 +17,10 @@ pytestmark = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_decode(case: Case, dtype: torch.dtype) -> None:
     assert_decodes(case, dtype, "cuda")
+
+
+@pytest.mark.parametrize("case", ENCODED, ids=str)
+@pytest.mark.parametrize("least_error", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_encode(case: Case, dtype: torch.dtype, least_error: bool) -> None:
+    assert_encodes(case, dtype, "cuda", least_error)

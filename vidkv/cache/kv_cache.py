@@ -581,8 +581,8 @@ class KVCache:
                 self.pools[page.pool].release(page.slot)
                 self.table[frame] = target
             for name, pairs in leaving.items():
-                source, target_slots = torch.tensor(pairs, device=self.device).unbind(1)
-                demotions.append(_Demotion(tier.name, source, name, target_slots))
+                source, into = (torch.tensor(x, device=self.device) for x in zip(*pairs, strict=True))
+                demotions.append(_Demotion(tier.name, source, name, into))
         writes: dict[str, tuple[list[int], list[int]]] = {}
         for frame in (f for f in kept if f >= start):
             name = self._pool_of(frame, sinks, end)

@@ -8,7 +8,7 @@ from torch import Tensor
 from vidkv.cache.formats.base import PageFormat, Storage
 from vidkv.cache.spec import CacheGeometry, CacheSpec
 from vidkv.errors import CacheSpecError
-from vidkv.kernels.packed import decode, hadamard, pack, quantize
+from vidkv.kernels.packed import decode, encode
 from vidkv.kernels.rope import rotate_last
 
 
@@ -65,16 +65,14 @@ class Packed(PageFormat):
         mean = _placed(mean)
         k = k.float() if spatial is None else rotate_last(k.float(), spatial)
         pages = self.layer(storage, layer)
-        keys = k - mean[:, :, None]
-        for x, (name, bits, per_channel) in zip((keys, v.float()), self._sides(), strict=True):
-            if self.spec.hadamard:
-                x = x @ hadamard(x.shape[-1], x.device)
-            codes, scale = quantize(x, bits, self.group, per_channel, self.spec.fit == "error")
-            pages[name].index_copy_(0, slots, pack(codes, bits).movedim(2, 0))
-            pages[f"{name}_scale"].index_copy_(0, slots, scale.movedim(2, 0))
+        for x, taken, (name, bits, _) in zip((k, v), (mean, None), self._sides(), strict=True):
+            encode(
+                x, pages[name], pages[f"{name}_scale"], slots, bits, self.group, self.spec.hadamard,
+                self.spec.fit == "error", taken,
+            )  # fmt: skip
         if self.spec.jensen:
             decoded = self._decoded(pages, "k", slots, mean, None, torch.float32)
-            noise = (decoded - mean[:, :, None] - keys).square().mean((3, 4))
+            noise = (decoded - k).square().mean((3, 4))
             pages["k_noise"].index_copy_(0, slots, noise.movedim(2, 0))
 
     def read(
