@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.browser
 
 Begin = Callable[..., Visit]
-TABS, WHOLE = 100, 10
+TABS, WHOLE = 100, 4
 """Tabs that are closed; how many of them load the form too, which takes most of the time."""
 CONNECTIONS = 100
 LOOKS = [

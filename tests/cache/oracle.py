@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -24,14 +24,29 @@ def quantized(x: Tensor, axis: int) -> Tensor:
     return torch.from_numpy(np.clip(np.rint(values / scale), -127, 127) * scale)
 
 
+def packed(x: Tensor, bits: int) -> Tensor:
+    """What a packed page keeps of x with a scale per token that clips nothing, in numpy."""
+    values, top = x.float().numpy(), np.float32((2**bits - 1) / 2)
+    limit = np.finfo(np.float16)
+    exact = np.abs(values).max(-1, keepdims=True) / top
+    exact = np.clip(exact, np.float32(limit.smallest_normal), np.float32(limit.max))
+    scale = exact.astype(np.float16)
+    scale = np.where(scale < exact, np.nextafter(scale, np.float16(np.inf)), scale).astype(np.float32)
+    codes = np.clip(np.rint(values / scale + top), 0, 2 * top)
+    return torch.from_numpy((codes - top) * scale)
+
+
+BITS = {"k8v4": (8, 4), "int4": (4, 4)}
+
+
 @dataclass
 class Frame:
-    """One latent frame. keys, values: (layers, batch, heads, tokens, d) as they were computed."""
+    """One latent frame. keys, values: (layers, batch, heads, tokens, d) as they came into the tier."""
 
     index: int
     keys: Tensor
     values: Tensor
-    full: bool = False
+    tier: str = ""
 
 
 @dataclass
@@ -44,30 +59,47 @@ class Oracle:
     frames: list[Frame] = field(default_factory=list)
     next_frame: int = 0
     mean: Tensor | None = None
+    keyframe: Tensor | None = None
 
     @property
     def capacity(self) -> int:
         return self.spec.window - self.geometry.chunk_frames
 
+    @property
+    def read(self) -> list[Frame]:
+        """Frames that the next chunk reads; no pass has told of any of them."""
+        room = (self.spec.select or self.spec.window) - self.geometry.chunk_frames
+        if len(self.frames) <= room:
+            return self.frames
+        return [*self.frames[: self.spec.sink], *self.frames[len(self.frames) - room + self.spec.sink :]]
+
     def positions(self) -> tuple[list[int], int]:
-        """Of the history, and of the next chunk's first frame."""
+        """Of what is read, and of the next chunk's first frame."""
+        read = self.read
         if self.spec.positions == "absolute":
-            return [frame.index for frame in self.frames], self.next_frame
-        return list(range(len(self.frames))), len(self.frames)
+            return [frame.index for frame in read], self.next_frame
+        return list(range(len(read))), len(read)
 
     def decoded(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values that a read gives: (batch, heads, frames, tokens, d)."""
-        pairs = [self._decoded(frame, layer) for frame in self.frames]
-        return torch.stack([k for k, _ in pairs], 2), torch.stack([v for _, v in pairs], 2)
+        pairs = [self._decoded(frame) for frame in self.read]
+        return torch.stack([k[layer] for k, _ in pairs], 2), torch.stack([v[layer] for _, v in pairs], 2)
 
-    def _decoded(self, frame: Frame, layer: int) -> tuple[Tensor, Tensor]:
-        k, v = frame.keys[layer], frame.values[layer]
-        if self.spec.format == "int8" and not frame.full:
+    def _decoded(self, frame: Frame) -> tuple[Tensor, Tensor]:
+        """Of all layers."""
+        k, v = frame.keys, frame.values
+        format = self.spec.format if frame.tier == "pages" else frame.tier
+        if format == "int8":
             assert self.mean is not None
-            mean = self.mean[layer][:, :, None]
+            mean = self.mean[:, :, :, None]
             k = quantized(k.float() - mean, -1) + mean
             v = quantized(v, -1 if self.spec.value_scale == "token" else -2)
-        elif self.spec.format == "bf16":
+        elif format in BITS:
+            assert self.mean is not None
+            mean = self.mean[:, :, :, None] if self.keyframe is None else self.keyframe
+            k = packed(k.float() - mean, BITS[format][0]) + mean
+            v = packed(v, BITS[format][1])
+        elif format == "bf16":
             k, v = k.bfloat16(), v.bfloat16()
         return k.to(self.dtype), v.to(self.dtype)
 
@@ -75,20 +107,36 @@ class Oracle:
         """keys, values: (layers, batch, heads, frames, tokens, d)."""
         if self.mean is None:
             self.mean = keys.float().mean((3, 4))
+            if self.spec.keyframe:
+                self.keyframe = keys.float().mean(3).bfloat16().float()
         for i in range(keys.shape[3]):
             self.frames.append(Frame(self.next_frame, keys[:, :, :, i], values[:, :, :, i]))
             self.next_frame += 1
         while len(self.frames) > self.capacity:
             self.frames.remove(next(f for f in self.frames if f.index >= self.spec.sink))
         for frame in self.frames:
-            newest = frame.index >= self.next_frame - self.geometry.chunk_frames
-            frame.full = self.spec.format == "int8" and (
-                (self.spec.keep_newest and newest) or (self.spec.keep_sinks and frame.index < self.spec.sink)
-            )
+            tier = self._tier(frame)
+            if frame.tier not in ("", tier):
+                frame.keys, frame.values = self._decoded(frame)
+            frame.tier = tier
+
+    def _tier(self, frame: Frame) -> str:
+        spec = self.spec
+        ages = [("full", self.geometry.chunk_frames)] if spec.keep_newest else []
+        ages += [(part.split(":")[0], int(part.split(":")[1])) for part in spec.newer.split("+") if part]
+        if spec.format in ("fp32", "bf16"):
+            return "pages"
+        if spec.keep_sinks and frame.index < spec.sink:
+            return ages[0][0] if ages else "full"
+        age = self.next_frame - 1 - frame.index
+        for name, frames in ages:
+            if age < frames:
+                return name
+            age -= frames
+        return "pages"
 
     def fork(self) -> Oracle:
-        other = Oracle(self.spec, self.geometry, self.dtype, [], self.next_frame, self.mean)
-        other.frames = [Frame(f.index, f.keys, f.values, f.full) for f in self.frames]
+        other = replace(self, frames=[replace(frame) for frame in self.frames])
         return other
 
 
@@ -116,7 +164,7 @@ def assert_reads(cache: KVCache, oracle: Oracle) -> None:
     """The open chunk sees what the oracle holds: frames, positions, values."""
     assert cache.opened is not None
     positions, first = oracle.positions()
-    assert list(cache.opened.history) == [frame.index for frame in oracle.frames]
+    assert list(cache.opened.history) == [frame.index for frame in oracle.read]
     assert list(cache.opened.positions) == positions
     assert cache.opened.first_position == first
     assert cache.opened.start == oracle.next_frame
@@ -150,7 +198,7 @@ def step(cache: KVCache, oracle: Oracle, frames: int, seed: int) -> None:
     oracle.commit(keys, values)
     assert list(cache.layout.resident) == [frame.index for frame in oracle.frames]
     for frame in oracle.frames:
-        assert cache.table[frame.index].pool == ("full" if frame.full else "pages")
+        assert cache.table[frame.index].pool == frame.tier
     cache.check_integrity()
 
 

@@ -33,6 +33,15 @@ from vidkv.cache.pool import PagePool
 from vidkv.errors import CacheStateError, StateError
 
 FORMATS = ("fp32", "bf16", "int8", "int8,keep_newest", "int8,keep_sinks", "int8,keep_newest,keep_sinks")
+NARROW = tuple(
+    f"{format},fit=largest,hadamard=false"
+    for format in (
+        "int4", "int4,newer=", "k8v4,newer=,keep_sinks=false", "int4,keep_newest",
+        "int4,keyframe,newer=int8:2", "int4,newer=int8:4+k8v4:5,keep_sinks=false",
+        "k8v4,keep_newest,newer=bf16:2+int8:1",
+    )
+)  # fmt: skip
+"""Below eight bits, coded as the oracle does."""
 TINY = build_geometry(kv_heads=1, head_dim=6, height=1, width=2)
 
 
@@ -41,11 +50,18 @@ def settings_of_a_cache(draw: st.DrawFn) -> tuple[CacheSpec, CacheGeometry]:
     """Any spec that fits a chunk, on pages of two tokens."""
     chunk = draw(st.integers(1, 4))
     sink = draw(st.integers(0, 5))
-    options = [draw(st.sampled_from(FORMATS)), f"value_scale={draw(st.sampled_from(['token', 'channel']))}"]
+    format = draw(st.sampled_from(FORMATS + NARROW))
+    scale = "token" if format in NARROW else draw(st.sampled_from(["token", "channel"]))
+    options = [format, f"value_scale={scale}"]
+    # without a word from any pass, those that go by it keep the newest
+    options.append(f"policy={draw(st.sampled_from(['sink_window', 'h2o', 'snapkv']))}")
     if not sink and draw(st.booleans()):
-        options.append("policy=sliding_window")
+        options[-1] = "policy=sliding_window"
     options.append(f"positions={draw(st.sampled_from(['relative', 'absolute']))}")
-    options.append(f"window={sink + chunk + draw(st.integers(0, 12))},sink={sink}")
+    window = sink + chunk + draw(st.integers(0, 12))
+    options.append(f"window={window},sink={sink}")
+    if window > sink + chunk and draw(st.booleans()):
+        options.append(f"select={draw(st.integers(sink + chunk + 1, window))}")
     options.append(f"segment={draw(st.integers(1, 7))}")
     return CacheSpec.parse(",".join(options)), build_geometry(
         kv_heads=1, head_dim=6, height=1, width=2, chunk_frames=chunk, layers=draw(st.integers(1, 2))
