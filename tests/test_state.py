@@ -33,6 +33,11 @@ JOBS = {
     "int8": (SPEC, "float32"),
     "int8 kept": ("int8,window=10,sink=2,keep_newest,keep_sinks,segment=3", "float32"),
     "int8 bf16": ("int8,window=9,sink=2,value_scale=channel,keep_newest", "bfloat16"),
+    "selected": (
+        "int4,hadamard=false,keyframe,window=14,sink=2,select=9,policy=h2o,newer=int8:3,segment=2",
+        "float32",
+    ),
+    "pruned": ("int8,window=14,sink=2,policy=snapkv,keep_tokens=0.5,keep_newest", "bfloat16"),
 }
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 import tests.tiny
-from vidkv.cache import CacheGeometry, CacheSpec
+from vidkv.cache import CacheGeometry, CacheSpec, KVCache
 from vidkv.cache.formats import FORMATS
 from vidkv.cache.policies import POLICIES
 from vidkv.errors import CacheSpecError, InputError, VidkvError
@@ -19,9 +19,24 @@ from vidkv.errors import CacheSpecError, InputError, VidkvError
 @st.composite
 def specs(draw: st.DrawFn) -> CacheSpec:
     policy = draw(st.sampled_from(list(POLICIES)))
+    format = draw(st.sampled_from(list(FORMATS)))
+    narrow: dict[str, Any] = {}
+    if FORMATS[format].narrow:
+        narrow = {
+            "group": draw(st.integers(0, 128)),
+            "hadamard": draw(st.booleans()),
+            "fit": draw(st.sampled_from(["error", "largest"])),
+            "jensen": draw(st.booleans()),
+            "key_scale": draw(st.sampled_from(["token", "channel"])),
+        }
+    window = draw(st.integers(1, 1000))
     return CacheSpec(
-        format=draw(st.sampled_from(list(FORMATS))),
-        window=draw(st.integers(1, 1000)),
+        format=format,
+        window=window,
+        newer=draw(st.sampled_from(["", "int8:3", "bf16:1+int8:20+int4:7"])),
+        keep_tokens=draw(st.sampled_from([1.0, 0.5, 0.123])),
+        select=draw(st.integers(0, window)),
+        **narrow,
         sink=0 if policy == "sliding_window" else draw(st.integers(0, 50)),
         policy=policy,
         positions=draw(st.sampled_from(["relative", "absolute"])),
@@ -60,6 +75,40 @@ class TestOneLine:
         assert str(CacheSpec(format="int8", keep_newest=True, segment=4)) == (
             "int8,window=21,sink=3,keep_newest,segment=4"
         )
+        assert str(CacheSpec.parse("int4")) == "int4,window=21,sink=3"
+
+    def test_below_eight_bits_sinks_and_the_newest_have_eight(self) -> None:
+        spec = CacheSpec.parse("int4")
+        assert spec.keep_sinks and spec.tiers == [("int8", 3)] and not spec.keep_newest
+        assert CacheSpec.parse("int4,newer=int8:6+k8v4:2").tiers == [("int8", 6), ("k8v4", 2)]
+        bare = CacheSpec.parse("int4,newer=,keep_sinks=false")
+        assert not bare.tiers and not bare.keep_sinks and CacheSpec.parse(str(bare)) == bare
+        assert not CacheSpec.parse("int8").keep_sinks
+
+
+class TestAgainstThePages:
+    """What only the size of a page or a chunk can tell."""
+
+    @pytest.mark.parametrize(
+        ("text", "words"),
+        [
+            ("int4,group=5", ["group=5 does not divide a head of 12"]),
+            ("int4", ["hadamard needs heads of 2, 4, 8", "not 12", "hadamard=false"]),
+            ("int2,hadamard=false,newer=", []),
+            ("int8,newer=int8:3", ["newer='int8:3'", "twice, or that of the oldest"]),
+            ("int4,hadamard=false,newer=int8:2+int8:3", ["twice"]),
+            ("int8,select=6", ["select=6: sink=3 and a chunk of 3", "at least 7"]),
+        ],
+    )
+    def test_one_line_that_says_what_to_do(self, text: str, words: list[str]) -> None:
+        geometry = CacheGeometry(layers=1, kv_heads=1, head_dim=12, height=1, width=2)
+        if not words:
+            KVCache(CacheSpec.parse(text), geometry)
+            return
+        with pytest.raises(CacheSpecError) as caught:
+            KVCache(CacheSpec.parse(text), geometry)
+        for word in words:
+            assert word in str(caught.value)
 
 
 class TestErrors:
@@ -84,6 +133,17 @@ class TestErrors:
             ("=7", ["cache setting ='7'"]),
             ("window=7,window=9", ["'window' is given twice"]),
             ("int8,bf16", ["'format' is given twice"]),
+            ("int4,newer=int9:3", ["newer='int9:3'", "FORMAT:FRAMES such as int8:6", "k4v2"]),
+            ("int4,newer=int8", ["'int8' is no FORMAT:FRAMES"]),
+            ("int4,newer=int8:0", ["'int8:0' is no FORMAT:FRAMES"]),
+            ("int4,newer=int8:3+", ["'' is no FORMAT:FRAMES"]),
+            ("int8,keyframe", ["keyframe says how pages below eight bits", "int8 pages are not", "int4"]),
+            ("fp32,group=32", ["group says how"]),
+            ("int4,keyframe,keep_tokens=0.5", ["does not go with keep_tokens"]),
+            ("keep_tokens=0", ["keep_tokens='0'", "greater than 0"]),
+            ("keep_tokens=nan", ["keep_tokens='nan'"]),
+            ("keep_tokens=1.5", ["less than or equal to 1"]),
+            ("select=30", ["select=30 of a window of 21"]),
         ],
     )
     def test_one_line_that_names_the_setting(self, text: str, words: list[str]) -> None:

@@ -1,0 +1,231 @@
+"""Attention mass, selection and pruning: what passes tell of frames, and what a cache makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.tiny import build_geometry, noise, relative_l2
+from vidkv.attention import CachedAttention, _noise_gain
+from vidkv.cache import CacheGeometry, CacheSpec, KVCache
+from vidkv.cache.prune import most_different
+from vidkv.kernels.rope import rotate_spatial, spatial_phases
+from vidkv.read_path import REFERENCE, TWO_PASS, ReadPath
+
+GEOMETRY = build_geometry(layers=2, kv_heads=2, head_dim=12, height=2, width=3, chunk_frames=2)
+Chunks = Sequence[tuple[Tensor, Tensor, Tensor]]
+
+
+def chunk(seed: int, geometry: CacheGeometry = GEOMETRY, heads: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v of a chunk: (batch, frames, tokens, heads, d)."""
+    g = geometry
+    q = noise(g.batch, g.chunk_frames, g.tokens, heads, g.head_dim, seed=3 * seed)
+    k, v = (
+        noise(g.batch, g.chunk_frames, g.tokens, g.kv_heads, g.head_dim, seed=3 * seed + i) for i in (1, 2)
+    )
+    return q, k, v
+
+
+def run(cache: KVCache, chunks: Chunks, path: ReadPath = TWO_PASS) -> None:
+    """Commit chunks, the same in every layer."""
+    for q, k, v in chunks:
+        cache.begin(q.shape[1])
+        with cache.committing():
+            attention = CachedAttention(cache, path, commit=True)
+            for layer in range(cache.geometry.layers):
+                attention.layer(layer)(q, k, v)
+
+
+def cache_of(spec: str, geometry: CacheGeometry = GEOMETRY, **options: Any) -> KVCache:
+    return KVCache(CacheSpec.parse(spec), geometry, **options)
+
+
+class TestMass:
+    @pytest.mark.parametrize("path", [TWO_PASS, REFERENCE], ids=str)
+    @pytest.mark.parametrize("spec", ["fp32", "int8", "int4,hadamard=false", "int8,keep_newest,segment=3"])
+    def test_is_each_frames_share_of_the_attention(self, spec: str, path: ReadPath) -> None:
+        """Against one softmax over everything: with values of one-hot frames, the output is the shares."""
+        geometry = build_geometry(layers=1, kv_heads=1, head_dim=12, height=2, width=3, chunk_frames=2)
+        cache = cache_of(f"{spec},window=14,sink=2,policy=snapkv", geometry)
+        run(cache, [chunk(i, geometry, heads=2) for i in range(4)], path)
+        q, k, v = chunk(9, geometry, heads=2)
+        cache.begin(2)
+        frames = cache.layout.resident
+        with cache.committing():
+            attention = CachedAttention(cache, path, commit=True)
+            keys = [cache.read(0, segment, temporal)[0].double() for segment, temporal in attention.segments]
+            _, mass = attention._read_segments(0, *turned(attention, q, k, v))
+            attention.layer(0)(q, k, v)
+        own = turned(attention, q, k, v)
+        scores = torch.cat([*(own[0].double() @ x.transpose(-1, -2) for x in keys),
+                            own[0].double() @ own[1].double().transpose(-1, -2)], -1) / 12**0.5  # fmt: skip
+        shares = scores.softmax(-1).unflatten(-1, (-1, 6)).sum(-1).mean((0, 1, 2))
+        assert list(mass) == list(frames)
+        torch.testing.assert_close(torch.stack([*mass.values()]).double(), shares[: len(frames)], rtol=1e-5,
+                                   atol=1e-7)  # fmt: skip
+        assert {f: cache.layout.scores[f] for f in frames} == {f: float(mass[f]) for f in frames}
+
+    def test_measuring_changes_no_bit_of_what_is_denoised(self) -> None:
+        outputs = []
+        for policy in ("sink_window", "h2o"):
+            cache = cache_of(f"fp32,window=30,sink=2,policy={policy}")
+            run(cache, [chunk(i) for i in range(4)])
+            cache.begin(2)
+            outputs.append(CachedAttention(cache).layer(1)(*chunk(8)))
+        assert torch.equal(*outputs)
+
+    def test_adds_up_for_one_policy_and_not_for_the_other(self) -> None:
+        chunks = [chunk(i) for i in range(5)]
+        caches = {policy: cache_of(f"fp32,window=30,sink=2,policy={policy}") for policy in ("h2o", "snapkv")}
+        for cache in caches.values():
+            run(cache, chunks)
+        sums = dict.fromkeys(range(8), 0.0)
+        last = cache_of("fp32,window=30,sink=2,policy=snapkv")
+        for part in chunks:
+            run(last, [part])
+            for frame, share in last.layout.scores.items():
+                sums[frame] += share
+        assert caches["snapkv"].layout.scores == last.layout.scores
+        assert caches["h2o"].layout.scores == pytest.approx(sums)
+
+    @pytest.mark.parametrize("policy", ["h2o", "snapkv"])
+    def test_what_is_attended_to_stays(self, policy: str) -> None:
+        """A frame whose keys point where all queries look outlives its neighbours, and without the policy it
+        does not."""
+        kept = {}
+        for name in (policy, "sink_window"):
+            cache = cache_of(f"fp32,window=14,sink=2,policy={name}")
+            for i in range(12):
+                q, k, v = chunk(i)
+                q = q + 2
+                if i == 2:
+                    k[:, 1] += 4
+                run(cache, [(q, k, v)])
+            kept[name] = cache.layout.resident
+            cache.check_integrity()
+        assert 5 in kept[policy] and 5 not in kept["sink_window"]
+        assert len(kept[policy]) == len(kept["sink_window"]) == 12
+        assert kept[policy][:2] == (0, 1) and kept[policy][-2:] == (22, 23)
+
+
+def turned(attention: CachedAttention, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    from einops import rearrange
+
+    from vidkv.kernels.rotary import rotate_chunk
+
+    q, k = (rotate_chunk(x, attention.own, attention.spatial) for x in (q, k))
+    return q, k, rearrange(v, "b f s n d -> b n (f s) d")
+
+
+class TestSelection:
+    def test_the_frame_that_is_looked_for_is_read(self) -> None:
+        cache = cache_of("fp32,window=40,sink=2,select=10")
+        for i in range(12):
+            q, k, v = chunk(i)
+            if i == 3:
+                k = k + torch.linspace(-3, 3, 12)
+            if i == 11:
+                q = q + torch.linspace(-3, 3, 12)
+            run(cache, [(q, k, v)])
+        opened = cache.begin(2)
+        assert {6, 7} <= set(opened.history) and len(opened.history) == 8
+        assert opened.history[:2] == (0, 1) and opened.history[-3:] == (21, 22, 23)
+        assert opened.positions == tuple(range(8)) and opened.first_position == 8
+        assert sum(len(run.slots) for segment in cache.segments for run in segment) == 8
+
+    def test_before_there_is_more_than_it_reads_everything_is(self) -> None:
+        selected, whole = cache_of("fp32,window=40,sink=2,select=20"), cache_of("fp32,window=40,sink=2")
+        for cache in (selected, whole):
+            run(cache, [chunk(i) for i in range(9)])
+        assert selected.begin(2) == whole.begin(2)
+
+    def test_true_distances_with_absolute_positions(self) -> None:
+        cache = cache_of("fp32,window=40,sink=2,select=10,positions=absolute")
+        run(cache, [chunk(i) for i in range(12)])
+        opened = cache.begin(2)
+        assert opened.positions == opened.history and opened.first_position == 24
+
+    def test_evidence_is_of_frames_that_stay(self) -> None:
+        """Rows turn over; what they say is the mean key of their frame."""
+        cache = cache_of("fp32,window=12,sink=2,select=8")
+        chunks = [chunk(i) for i in range(9)]
+        run(cache, chunks)
+        evidence = cache.evidence
+        assert evidence is not None and set(evidence.rows) == set(cache.layout.resident)
+        for frame, row in evidence.rows.items():
+            _, k, _ = chunks[frame // 2]
+            wanted = k[:, frame % 2].mean(1)
+            torch.testing.assert_close(evidence.keys[row, 1], wanted.half(), rtol=1e-2, atol=1e-3)
+
+    def test_relevance_is_shares(self) -> None:
+        cache = cache_of("fp32,window=12,sink=2,select=8")
+        run(cache, [chunk(i) for i in range(9)])
+        assert cache.evidence is not None
+        shares = cache.evidence.relevance(cache.layout.resident)
+        assert sum(shares.values()) == pytest.approx(1) and min(shares.values()) > 0
+
+
+class TestPruning:
+    def test_what_differs_from_the_anchor_stays(self) -> None:
+        anchor = noise(1, 2, 6, 4)
+        k = anchor[:, :, None].repeat(1, 1, 3, 1, 1)
+        v = torch.arange(6.0).expand(1, 2, 3, 6)[..., None].repeat(1, 1, 1, 1, 4)
+        k[0, 0, 1, [4, 1]] += 1
+        k[0, 1, 2, [0, 5]] -= 2
+        kept_k, kept_v = most_different(k, v, anchor, 2)
+        assert kept_v[0, 0, 1, :, 0].tolist() == [1, 4] and kept_v[0, 1, 2, :, 0].tolist() == [0, 5]
+        assert torch.equal(kept_k[0, 0, 1], k[0, 0, 1, [1, 4]])
+
+    def test_a_pruned_page_is_read_without_the_others(self) -> None:
+        """Half the tokens of old pages, all of the newest and of sinks, in the order of their places."""
+        spec = "fp32,window=12,sink=2,keep_tokens=0.5"
+        cache = cache_of(f"{spec},newer=bf16:2,keep_sinks", dtype=torch.bfloat16)
+        chunks = [tuple(x.bfloat16() for x in chunk(i)) for i in range(4)]
+        run(cache, chunks)
+        opened = cache.begin(2)
+        k, v = cache.read(0, [run for segment in cache.segments for run in segment])
+        assert opened.history == tuple(range(8)) and k.shape[2] == 4 * 6 + 4 * 3
+        anchor = cache.means["keyframe"][0]
+        phases = spatial_phases(12, 2, 3)
+        whole = [rotate_spatial(part[1], phases) for part in chunks]
+        at = 12
+        for frame in (2, 3, 4, 5):
+            keys = whole[frame // 2][:, frame % 2].transpose(1, 2)[:, :, None]
+            values = chunks[frame // 2][2][:, frame % 2].transpose(1, 2)[:, :, None]
+            wanted = most_different(keys, values, anchor, 3)
+            for got, want in zip((k, v), wanted, strict=True):
+                assert relative_l2(got[:, :, at : at + 3], want[:, :, 0]) < 1e-2
+            at += 3
+
+    def test_bytes_are_really_freed(self) -> None:
+        whole, half = cache_of("int8,window=12,sink=2"), cache_of("int8,window=12,sink=2,keep_tokens=0.5")
+        anchors = half.means["keyframe"].nbytes
+        assert half.nbytes - anchors < 0.6 * whole.nbytes
+        assert half.bytes_per_frame * 2 == whole.bytes_per_frame
+
+
+class TestJensen:
+    def test_gain_is_what_noise_adds_on_average(self) -> None:
+        q, variance = 2 * noise(1, 1, 5, 16, seed=1), 0.09
+        e = variance**0.5 * noise(200_000, 16, seed=2)
+        measured = (q[0, 0] @ e.T / 4).exp().mean(1).log()
+        gain = _noise_gain(q, torch.full((1, 1), variance))
+        torch.testing.assert_close(gain[0, 0], measured, rtol=0.05, atol=2e-3)
+
+    def test_old_pages_take_less_from_the_chunk_itself(self) -> None:
+        """With two bits that clip nothing, history is attended to too much; taking the gain out brings its
+        share nearer to the truth."""
+        geometry = build_geometry(layers=1, kv_heads=2, head_dim=16, height=4, width=4, chunk_frames=2)
+        chunks = [chunk(i, geometry) for i in range(6)]
+        coarse = "int2,newer=,keep_sinks=false,fit=largest"
+        shares = {}
+        for spec in ("fp32", coarse, f"{coarse},jensen"):
+            cache = cache_of(f"{spec},window=30,sink=2,policy=snapkv", geometry)
+            run(cache, chunks)
+            shares[spec] = sum(cache.layout.scores.values())
+        exact, plain, corrected = shares.values()
+        assert plain > exact and abs(corrected - exact) < 0.7 * abs(plain - exact)
