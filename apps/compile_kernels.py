@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vidkv.errors import InputError
-from vidkv.kernels import attention, jit, paged_attention, pages, rotary
+from vidkv.kernels import attention, jit, packed, paged_attention, pages, rotary
 from vidkv.kernels.paged_attention import Tile
 from vidkv.kernels.tiles import good_tiles
 
@@ -63,7 +63,7 @@ class Variant:
     """One way in which a kernel is launched.
 
     Attributes:
-        kernel: for people: fused, turn, commit, decode, rotate, merge.
+        kernel: for people: fused, turn, commit, encode, decode, rotate, merge.
         name: what sets it apart from the kernel's others.
         function: the kernel.
         types: what pointers point to and the types of scalars, by argument; of those that are not named,
@@ -256,11 +256,33 @@ def _others() -> list[Variant]:
     types = _ALL_PAGES | _CODED_PAGES
     return [
         *found,
+        *_packed(),
         Variant("commit", "bf16 d128 plain", pages._commit_kernel, _ALL_PAGES, commit),
         Variant("decode", "bf16 d128 plain", pages._decode_kernel, _ALL_PAGES, decode),
         Variant("decode", "bf16 d128 v_per_channel", pages._decode_kernel, types, channels),
         Variant("merge", "fp32 d128", attention._merge_kernel, {}, {"D": 128, "BLOCK": 16}, "fp32"),
     ]
+
+
+def _packed() -> list[Variant]:
+    """Encoding and decoding of pages below eight bits."""
+    found = []
+    types = {"packed_ptr": "u8", "scale_ptr": "fp16", "slots_ptr": "i64", "root": "fp32"}
+    types |= dict.fromkeys(("mean_ptr", "matrix_ptr", "turns_ptr"), "fp32")
+    for bits, d in ((2, 128), (4, 64), (8, 128)):
+        size = {"D": d, "PARTS": 8 // bits, "BITS": bits, "BLOCK": packed.TOKENS_PER_PROGRAM, "MEAN": True}
+        name = f"bf16 d{d} {bits} bits"
+        write = {**size, "TURNED": True, "TRY": packed.TRIED, "STEP": packed.TRIED_STEP}
+        read = {**size, "TURNED": True, "PAIRS": 22 if d == 128 else 12, "GROUP": d, "ONE_SCALE": True}
+        read["PRECISION"] = "tf32"
+        exact = types | {"matrix_ptr": "fp16"}
+        found += [
+            Variant("encode", name, packed._encode_kernel, types, write),
+            Variant("decode", name, packed._decode_kernel, exact, read),
+        ]
+    grouped = {**read, "D": 128, "PARTS": 2, "BITS": 4, "GROUP": 32, "ONE_SCALE": False}
+    found.append(Variant("decode", "bf16 d128 4 bits grouped", packed._decode_kernel, types, grouped))
+    return found
 
 
 def compile_variant(variant: Variant, arch: str) -> Compiled:

@@ -28,6 +28,8 @@ TRIED, TRIED_STEP = 10, 0.0625
 """Scales that are tried for the least squared error: the one that clips nothing, and each next one smaller by
 so much of it."""
 TOKENS_PER_PROGRAM = 32
+MOST_ENCODED = 128
+"""Channels whose matrix still fits into a block's shared memory."""
 LEAST_PART = 16
 """Channels that a part of a byte must stand for, for the matrix units to take them."""
 
@@ -126,7 +128,8 @@ def encode(
         mean: (b, kv heads, 1 or tokens, d) float32 to take out before; None takes out nothing.
     """
     d, one_scale = x.shape[-1], scale.shape[-2:] == (x.shape[-2], 1)
-    if usable(x) and one_scale and group == d and d & (d - 1) == 0 and d * bits // 8 >= LEAST_PART:
+    fits = d & (d - 1) == 0 and d <= MOST_ENCODED and d * bits // 8 >= LEAST_PART
+    if usable(x) and one_scale and group == d and fits:
         _encode(x, packed, scale, slots, bits, turned, least_error, mean)
         return
     codes, scales = encode_reference(x, bits, group, scale.shape[-2:] == (1, d), turned, least_error, mean)
