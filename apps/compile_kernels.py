@@ -273,8 +273,8 @@ def _packed() -> list[Variant]:
         size = {"D": d, "PARTS": 8 // bits, "BITS": bits, "BLOCK": packed.TOKENS_PER_PROGRAM, "MEAN": True}
         name = f"bf16 d{d} {bits} bits"
         write = {**size, "TURNED": True, "TRY": packed.TRIED, "STEP": packed.TRIED_STEP}
-        read = {**size, "TURNED": True, "PAIRS": 22 if d == 128 else 12, "GROUP": d, "ONE_SCALE": True}
-        read["PRECISION"] = "tf32"
+        read: dict[str, Any] = {**size, "TURNED": True, "PAIRS": 22 if d == 128 else 12, "PRECISION": "tf32"}
+        read |= {"GROUP": d, "ONE_SCALE": True}
         exact = types | {"matrix_ptr": "fp16"}
         found += [
             Variant("encode", name, packed._encode_kernel, types, write),
