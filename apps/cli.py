@@ -396,6 +396,42 @@ def eval_world(
         raise typer.Exit(FAILED)
 
 
+@eval_app.command("cache")
+def eval_cache(
+    spec: Annotated[
+        list[str] | None,
+        typer.Option(help="Cache settings, e.g. 'int8,keep_newest', over the model's own; repeatable."),
+    ] = None,
+    model: Model = "bounce",
+    seeds: Annotated[int | None, typer.Option(min=2, help="Paired seeds; by default 32.")] = None,
+    chunks: Annotated[int | None, typer.Option(min=2, help="Chunks per rollout; by default 30.")] = None,
+    quick: Annotated[bool, typer.Option(help="A few short rollouts.")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Videos at once.")] = 8,
+    controls: Annotated[
+        bool | None,
+        typer.Option("--controls/--no-controls", help="Negative controls and A/A; by default unless quick."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for report.json, report.md and pareto.png.")
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Hold caches against the model's own: fidelity, world, what comes back, bytes and time."""
+    from vidkv.apps.cache_report import table
+    from vidkv.apps.evaluate_cache import Options, evaluate_cache
+
+    with ProgressLine() as line:
+        report = evaluate_cache(
+            Options(tuple(spec or ()), model, seeds, chunks, quick, device, batch, controls, out),
+            line.step_done,
+        )
+    emit(report, as_json, table(report))
+    if report.get("controls_pass") is False:
+        say("a negative control moved nothing, or A/A moved something: these numbers prove nothing")
+        raise typer.Exit(FAILED)
+
+
 @train_app.command("bounce")
 def train_bounce(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints, curve and the finished pipeline.")],

@@ -31,6 +31,7 @@ from vidkv.models.bounce.parser import parse_frames
 from vidkv.models.bounce.prompts import WORLDS, Family, ScenePrompt, World
 from vidkv.models.bounce.world import sample_scenes
 from vidkv.pipeline import CausalVideoPipeline
+from vidkv.rollout import Rollout
 
 BATCH = 8
 ROLLOUTS, CHUNKS = 200, 21
@@ -155,18 +156,18 @@ def evaluate_world(
         "chunks": chunks,
         "cache": str(spec),
     }
-    report |= _summary(plain)
-    report["quantized"] = {"cache": str(lossy), "lossy_pages_read": coded.lossy_pages_read} | _summary(coded)
+    report |= summary(plain)
+    report["quantized"] = {"cache": str(lossy), "lossy_pages_read": coded.lossy_pages_read} | summary(coded)
     report["paired_difference"] = {
-        name: _by_chunk(
+        name: by_chunk(
             paired_bootstrap(a, b) for a, b in zip(coded.curve(name).T, plain.curve(name).T, strict=True)
         )
         for name in ("identity", "colour_delta_e", "trajectory_rmse")
     }
     if controls:
         report["controls"] = _controls(pipe, world, chunks, spec, tell)
-        report["controls_pass"] = all(_worked(control) for control in report["controls"].values())
-    return _finite(report)
+        report["controls_pass"] = all(worked(control) for control in report["controls"].values())
+    return finite(report)
 
 
 def _roll(
@@ -203,9 +204,7 @@ def roll_group(
     pipe: CausalVideoPipeline, group: Sequence[Task], chunks: int, spec: CacheSpec, kind: type[KVCache]
 ) -> tuple[Tensor, int]:
     """Videos of some tasks in one batch, (tasks, frames, 64, 64, 3) uint8, and lossy pages read."""
-    rollout = pipe.rollout(batch=len(group), seeds=[task.seed for task in group], cache=spec)
-    if kind is not KVCache:
-        rollout.cache = kind(spec, rollout.cache.geometry, rollout.device, rollout.dtype)
+    rollout = begin(pipe, [task.seed for task in group], spec, kind)
     parts, texts, lossy = [], None, 0
     for chunk in range(chunks):
         wanted = [task.text(chunk) for task in group]
@@ -219,24 +218,35 @@ def roll_group(
     return torch.cat(parts, 1), lossy
 
 
-def _summary(results: Results) -> dict[str, Any]:
-    summary: dict[str, Any] = {
-        name: _by_chunk(bootstrap_ci(column) for column in results.curve(name).T) for name in PER_CHUNK
+def begin(
+    pipe: CausalVideoPipeline, seeds: Sequence[int], spec: CacheSpec, kind: type[KVCache], decode: bool = True
+) -> Rollout:
+    """A rollout of one video per seed, without a prompt yet, over a cache of some class."""
+    rollout = pipe.rollout(batch=len(seeds), seeds=seeds, cache=spec, decode=decode)
+    if kind is not KVCache:
+        rollout.cache = kind(spec, rollout.cache.geometry, rollout.device, rollout.dtype)
+    return rollout
+
+
+def summary(results: Results) -> dict[str, Any]:
+    """Curves, jumps, returns and latencies with their intervals; see `evaluate_world`."""
+    found: dict[str, Any] = {
+        name: by_chunk(bootstrap_ci(column) for column in results.curve(name).T) for name in PER_CHUNK
     }
-    per_rollout = [_mean(m.teleports) for m in results.metrics]
-    summary["teleports_per_frame"] = _value(bootstrap_ci(per_rollout))
+    per_rollout = [mean_known(m.teleports) for m in results.metrics]
+    found["teleports_per_frame"] = value_of(bootstrap_ci(per_rollout))
     gaps = returns_by_gap([item for m in results.metrics for item in m.returns])
-    summary["reappearance"] = {
-        f"{low}-{high - 1}": _value(bootstrap_ci(right)) | {"returns": len(right)}
+    found["reappearance"] = {
+        f"{low}-{high - 1}": value_of(bootstrap_ci(right)) | {"returns": len(right)}
         for (low, high), right in gaps.items()
     }
     latencies = [m.event_latency for m in results.metrics if not math.isnan(m.event_latency)]
     obeyed = [value for value in latencies if math.isfinite(value)]
-    summary["event_latency_chunks"] = _value(bootstrap_ci(obeyed)) | {
+    found["event_latency_chunks"] = value_of(bootstrap_ci(obeyed)) | {
         "events": len(latencies),
         "never": len(latencies) - len(obeyed),
     }
-    return summary
+    return found
 
 
 def _controls(
@@ -295,13 +305,14 @@ def _shifts(a: Results, b: Results, chunks: slice) -> dict[str, dict[str, float]
     return {name: _shift(a.curve(name)[:, chunks], b.curve(name)[:, chunks]) for name in PER_CHUNK}
 
 
-def _worked(control: dict[str, Any]) -> bool:
+def worked(control: dict[str, Any]) -> bool:
+    """Has a control done what it is there for?"""
     return bool(control["still"] if "still" in control else control["moved"])
 
 
 def _shift(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
     """Paired difference of rollout means, and how many standard errors it is."""
-    pairs = np.array([_mean(x) - _mean(y) for x, y in zip(a, b, strict=True)])
+    pairs = np.array([mean_known(x) - mean_known(y) for x, y in zip(a, b, strict=True)])
     pairs = pairs[~np.isnan(pairs)]
     if len(pairs) < 2:
         return {"difference": math.nan, "z": math.nan}
@@ -311,25 +322,27 @@ def _shift(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
     return {"difference": round(mean, 5), "z": round(float(z), 2)}
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The same without NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _by_chunk(intervals: Iterable[tuple[float, float, float]]) -> dict[str, Any]:
-    return {str(chunk): _value(interval) for chunk, interval in enumerate(intervals)}
+def by_chunk(intervals: Iterable[tuple[float, float, float]]) -> dict[str, Any]:
+    return {str(chunk): value_of(interval) for chunk, interval in enumerate(intervals)}
 
 
-def _value(interval: tuple[float, float, float]) -> dict[str, Any]:
+def value_of(interval: tuple[float, float, float]) -> dict[str, Any]:
+    """A mean and its interval for a report."""
     mean, low, high = (None if math.isnan(x) else round(x, 5) for x in interval)
     return {"value": mean, "ci95": [low, high]}
 
 
-def _mean(values: np.ndarray) -> float:
+def mean_known(values: np.ndarray) -> float:
+    """Mean of what is not NaN; NaN without any."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else math.nan
 
@@ -357,13 +370,13 @@ def table(report: dict[str, Any]) -> str:
         f"event latency: {_cell(latency)} chunks, {latency['never']} of {latency['events']} never obeyed"
     )
     if "controls" in report:
-        lines += [_control_line(name, control) for name, control in report["controls"].items()]
+        lines += [control_line(name, control) for name, control in report["controls"].items()]
         lines.append(f"controls: {'pass' if report['controls_pass'] else 'FAIL'}")
     return "\n".join(lines)
 
 
-def _control_line(name: str, control: dict[str, Any]) -> str:
-    verdict = "ok  " if _worked(control) else "FAIL"
+def control_line(name: str, control: dict[str, Any]) -> str:
+    verdict = "ok  " if worked(control) else "FAIL"
     if "still" in control:
         known = [abs(shift["z"]) for shift in control["metrics"].values() if shift["z"] is not None]
         largest = max(known, default=None)

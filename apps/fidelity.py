@@ -235,7 +235,7 @@ class WorldFidelity:
         if self.added >= WORLD_CHUNKS:
             return
         parsed = parse_frames(a), parse_frames(b)
-        if self.diverged_at is None and _parted(*parsed):
+        if self.diverged_at is None and parted(*parsed):
             self.diverged_at = self.added
         for parts, part in zip(self._parsed, parsed, strict=True):
             parts.append(part)
@@ -254,7 +254,7 @@ class WorldFidelity:
         enough = last or self.added >= min(WORLD_CHUNKS, WORLD_GROWTH * self.chunks)
         if self.added > self.chunks and enough:
             self.sides = [
-                _measured(_joined(parts), _scenes(side[: self.added], self.world), self._edges)
+                _measured(joined(parts), _scenes(side[: self.added], self.world), self._edges)
                 for side, parts in zip(texts, self._parsed, strict=True)
             ]
             self.chunks = self.added
@@ -293,7 +293,8 @@ def _scenes(texts: Sequence[str], world: World) -> list[Scene]:
     return scenes
 
 
-def _joined(parts: Sequence[Parsed]) -> Parsed:
+def joined(parts: Sequence[Parsed]) -> Parsed:
+    """One clip of several that follow one another."""
     return Parsed(
         [objects for part in parts for objects in part.objects],
         np.concatenate([part.bar for part in parts]),
@@ -302,7 +303,7 @@ def _joined(parts: Sequence[Parsed]) -> Parsed:
     )
 
 
-def _parted(a: Parsed, b: Parsed) -> bool:
+def parted(a: Parsed, b: Parsed) -> bool:
     """Whether two clips show different states."""
     return any(_differ(x, y) or _differ(y, x) for x, y in zip(a.objects, b.objects, strict=True))
 

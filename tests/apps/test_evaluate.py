@@ -76,7 +76,7 @@ def test_a_constant_shift_moves_though_its_z_has_no_number() -> None:
 
 def test_no_number_of_a_report_is_outside_json() -> None:
     report = {"a": [1.5, math.nan], "b": {"c": math.inf, "d": -math.inf, "e": True, "f": "nan", "g": 3}}
-    assert evaluate._finite(report) == {
+    assert evaluate.finite(report) == {
         "a": [1.5, None],
         "b": {"c": None, "d": None, "e": True, "f": "nan", "g": 3},
     }
@@ -106,9 +106,9 @@ def test_controls_run_from_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     assert controls["no_history"]["difference"] > 2
     numbered = np.arange(45, dtype=np.uint8).reshape(45, 1, 1, 1)
     assert alters["frozen_frames"](numbered).ravel().tolist() == [*range(21), *[20] * 24]
-    report = {"controls": evaluate._finite(controls), "controls_pass": False}
+    report = {"controls": evaluate.finite(controls), "controls_pass": False}
     json.dumps(report, allow_nan=False)
-    lines = [evaluate._control_line(*item) for item in report["controls"].items()]
+    lines = [evaluate.control_line(*item) for item in report["controls"].items()]
     assert any(line.startswith("ok   control brightness_creep: luminance_drift moved by") for line in lines)
 
 
@@ -125,7 +125,7 @@ def test_the_report_says_whether_the_controls_pass(monkeypatch: pytest.MonkeyPat
         return made
 
     monkeypatch.setattr(evaluate, "_roll", roll)
-    monkeypatch.setattr(evaluate, "_summary", lambda _: {})
+    monkeypatch.setattr(evaluate, "summary", lambda _: {})
     report = evaluate.evaluate_world("bounce", 8, CHUNKS, "int8", False, True, lambda *_: None)
     assert report["controls_pass"] is not blind
     assert report["controls"]["a_a"]["still"]
