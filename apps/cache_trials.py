@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
+from multiprocessing import get_context
 from typing import Protocol
 
 import numpy as np
@@ -34,8 +37,26 @@ from vidkv.rollout import Chunk, Rollout
 
 Floats = npt.NDArray[np.float64]
 Frames = npt.NDArray[np.uint8]
+Read = Callable[[Sequence[Frames]], Iterable[Parsed]]
+"""From clips (frames, 64, 64, 3) of the embedded world to what they show."""
 PROBE_EVERY = 3
 PICTURE = ("luma", "saturation", "flicker")
+
+
+def read_here(clips: Sequence[Frames]) -> Iterable[Parsed]:
+    """One after the other."""
+    return map(parse_frames, clips)
+
+
+@contextmanager
+def reading(workers: int) -> Iterator[Read]:
+    """Read clips back in so many processes: it takes longer than a small model takes to draw them."""
+    if workers == 1:
+        yield read_here
+        return
+    # a fork of a process that uses a GPU cannot
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        yield partial(pool.map, parse_frames)
 
 
 class Work(Protocol):
@@ -144,6 +165,7 @@ def run_trials(
     batch: int,
     judged: bool,
     tell: Callable[[int, int, str], None],
+    read: Read | None = None,
 ) -> dict[str, Record]:
     """Roll every task out freely with every trial, then once more with the reference's latents as history.
 
@@ -152,6 +174,7 @@ def run_trials(
         chunks: per rollout, at least 2.
         batch: videos at a time.
         judged: the pixels are the embedded world's and the tasks of `Task`.
+        read: how clips are read back; in this process by default.
 
     Raises:
         VidkvError: a cache has taken other bytes than planned.
@@ -165,7 +188,10 @@ def run_trials(
         def tick(chunk: int, what: str, done: int = done, total: int = total) -> None:
             tell(done + chunk, total, f"{what} chunks of {len(trials)} caches")
 
-        latents = free_run(pipe, group, trials, chunks, judged, records, lambda c: tick(c, "free"))
+        latents = free_run(
+            pipe, group, trials, chunks, (read or read_here) if judged else None, records,
+            lambda c: tick(c, "free"),
+        )  # fmt: skip
         teacher_force(pipe, group, trials, latents, at, records, lambda c: tick(chunks + c, "forced"))
     return records
 
@@ -178,7 +204,7 @@ def free_run(
     group: Sequence[Work],
     trials: Sequence[Trial],
     chunks: int,
-    judged: bool,
+    read: Read | None,
     records: Mapping[str, Record],
     tick: Callable[[int], None],
 ) -> list[Tensor]:
@@ -198,8 +224,10 @@ def free_run(
                 if rollout is rollouts[0]:
                     latents.append(made.latents)
                 assert made.frames is not None
-                for video, frames in zip(videos, made.frames.cpu().numpy(), strict=True):
-                    video.add(frames, judged)
+                shown = list(made.frames.cpu().numpy())
+                seen = read(shown) if read else [None] * len(shown)
+                for video, frames, parsed in zip(videos, shown, seen, strict=True):
+                    video.add(frames, parsed)
             for others in footage:
                 for video, reference in zip(others, footage[0], strict=True):
                     video.compare(reference)
@@ -266,8 +294,8 @@ class _Footage:
         self._first: dict[str, float] = {}
         self._luma: list[float] = []
 
-    def add(self, frames: Frames, judged: bool) -> None:
-        """The next chunk, (frames, height, width, 3) uint8."""
+    def add(self, frames: Frames, parsed: Parsed | None) -> None:
+        """The next chunk, (frames, height, width, 3) uint8, and what was read back from it."""
         self.frames = frames
         seen = look(torch.from_numpy(frames))
         self._first = self._first or seen
@@ -276,8 +304,8 @@ class _Footage:
         moved = {name: 100 * (seen[name] - self._first[name]) for name in ("luma", "saturation")}
         flicker = 100 * float(np.abs(np.diff(luma)).mean()) if len(luma) > 1 else math.nan
         self.looks.append(moved | {"flicker": flicker})
-        if judged:
-            self.parsed.append(parse_frames(frames))
+        if parsed:
+            self.parsed.append(parsed)
 
     def compare(self, reference: _Footage) -> None:
         """Note whether the newest chunk is the first that shows something else than the reference's."""

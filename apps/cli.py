@@ -407,6 +407,7 @@ def eval_cache(
     chunks: Annotated[int | None, typer.Option(min=2, help="Chunks per rollout; by default 30.")] = None,
     quick: Annotated[bool, typer.Option(help="A few short rollouts.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Videos at once.")] = 8,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that read pictures back.")] = 1,
     controls: Annotated[
         bool | None,
         typer.Option("--controls/--no-controls", help="Negative controls and A/A; by default unless quick."),
@@ -423,7 +424,7 @@ def eval_cache(
 
     with ProgressLine() as line:
         report = evaluate_cache(
-            Options(tuple(spec or ()), model, seeds, chunks, quick, device, batch, controls, out),
+            Options(tuple(spec or ()), model, seeds, chunks, quick, device, batch, workers, controls, out),
             line.step_done,
         )
     emit(report, as_json, table(report))

@@ -21,7 +21,7 @@ import numpy as np
 from vidkv.apps.bench import hardware
 from vidkv.apps.cache_recall import absences, by_gap, recall
 from vidkv.apps.cache_report import conclusions, require_plotting, write_report
-from vidkv.apps.cache_trials import PICTURE, FreeTask, Record, Trial, Work, evicting, run_trials
+from vidkv.apps.cache_trials import PICTURE, FreeTask, Record, Trial, Work, evicting, reading, run_trials
 from vidkv.apps.controls import EXPECTED, MISREAD_CACHES
 from vidkv.apps.evaluate import (
     CONTROL_MIX,
@@ -53,19 +53,19 @@ SEEDS, CHUNKS, BATCH = 32, 30, 8
 QUICK_SEEDS, QUICK_CHUNKS = 4, 9
 CONTROL_CHUNKS = 12
 SPECS = (
-    "bf16",
     "int8",
-    "int8,keep_newest",
-    "int8,keep_sinks",
-    "int8,keep_newest,keep_sinks",
-    "int8,value_scale=channel",
-    "bf16,window=15",
-    "bf16,window=9",
-    "int8,window=15",
-    "int8,window=9",
+    "int4",
+    "int4,newer=,keep_sinks=false",
+    "int4,keyframe",
+    "int2,keyframe",
+    "int2,newer=,keep_sinks=false",
+    "int2,newer=,keep_sinks=false,fit=largest,jensen",
+    "int8,keep_tokens=0.5",
     "bf16,policy=sliding_window,sink=0",
-    "bf16,policy=sliding_window,sink=0,window=15",
-    "int8,policy=sliding_window,sink=0",
+    "int8,window=15",
+    "int8,window=15,policy=h2o",
+    "int4,window=12,newer=,keep_sinks=false",
+    "int8,window=60,select=21",
 )
 """Tried where none are given."""
 MIX: tuple[tuple[Family, bool], ...] = (
@@ -106,6 +106,7 @@ class Options:
         specs: changes to the model's own cache, in the one-line form of `CacheSpec`; none for SPECS.
         seeds, chunks: None for SEEDS of CHUNKS, or with `quick` QUICK_SEEDS of QUICK_CHUNKS.
         batch: videos at a time.
+        workers: processes that read pictures of the embedded world back.
         controls: whether to run the negative controls; None: unless `quick`.
         out: folder for report.json, report.md and pareto.png.
     """
@@ -117,6 +118,7 @@ class Options:
     quick: bool = False
     device: str = "auto"
     batch: int = BATCH
+    workers: int = 1
     controls: bool | None = None
     out: Path | None = None
 
@@ -154,7 +156,8 @@ def evaluate_pipeline(pipe: CausalVideoPipeline, options: Options, tell: Tell) -
     world = world_of(pipe.config.prompt_grammar)
     trials = _trials(pipe, options.specs or SPECS)
     work = _work(world, seeds, chunks)
-    records = run_trials(pipe, work, trials, chunks, options.batch, world is not None, tell)
+    with reading(options.workers) as read:
+        records = run_trials(pipe, work, trials, chunks, options.batch, world is not None, tell, read)
     reference = records[trials[0].name]
     videos = min(options.batch, seeds)
     caches = [

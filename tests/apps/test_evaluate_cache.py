@@ -166,7 +166,7 @@ def test_free_runs_are_those_of_the_pipeline(tiny: CausalVideoPipeline) -> None:
     work = [FreeTask("waves", 5), FreeTask("waves", 6)]
     trials = [Trial("reference", SPEC), Trial("int8", CacheSpec.parse("int8,window=6,sink=3"))]
     records = {trial.name: Record() for trial in trials}
-    latents = cache_trials.free_run(tiny, work, trials, 3, False, records, silent)
+    latents = cache_trials.free_run(tiny, work, trials, 3, None, records, silent)
     for trial in trials:
         frames, rollout = [], tiny.rollout(seeds=[5, 6], batch=2, cache=trial.spec)
         tiny.set_prompt(rollout, ["waves", "waves"])
@@ -490,3 +490,12 @@ def test_failing_controls_are_the_exit_code(
     monkeypatch.setattr(evaluate_cache, "evaluate_cache", lambda *_: failing)
     code, stdout, stderr = run(capsys, "eval", "cache")
     assert code == 1 and "FAIL a_a: attention error 1.00e-01" in stdout and "prove nothing" in stderr
+
+
+def test_other_processes_read_the_same() -> None:
+    generator = np.random.default_rng(1)
+    clips = [generator.integers(0, 256, (2, 64, 64, 3), dtype=np.uint8) for _ in range(3)]
+    here = list(cache_trials.read_here(clips))
+    with cache_trials.reading(2) as read:
+        there = list(read(clips))
+    assert [parsed.objects for parsed in there] == [parsed.objects for parsed in here]
