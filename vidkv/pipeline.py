@@ -450,7 +450,7 @@ class CausalVideoPipeline(DiffusionPipeline, LoraPipelineMixin):
 
     @torch.no_grad()
     def text_context(self, embeds: Tensor) -> TextContext:
-        """Cross-attention context of embeddings (batch, tokens, width); one object while any rollout reads it."""
+        """Cross-attention context of embeddings (batch, tokens, width); equal ones share it."""
         width = self.transformer.config.text_dim
         if embeds.ndim != 3 or embeds.shape[-1] != width:
             raise InputError(

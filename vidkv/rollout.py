@@ -22,7 +22,7 @@ from vidkv.cache.snapshot import CacheSnapshot
 from vidkv.decoding import Decoder, LaterFrames, check_decoded
 from vidkv.dispatch import check as check_path
 from vidkv.dispatch import choose as choose_path
-from vidkv.errors import InputError, NumericsError, ResourceError, StateError
+from vidkv.errors import CacheStateError, InputError, NumericsError, ResourceError, StateError
 from vidkv.graphs import RecordedPasses
 from vidkv.models.vae import pixel_frames
 from vidkv.models.wan import CausalWanTransformer3DModel, TextContext
@@ -229,7 +229,7 @@ class Rollout:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the cache, and of the negative text's where there is one; in shared pools its part of them."""
+        """Bytes of the cache, and of the negative text's where there is one; of shared pools its part."""
         if self._pools is not None:
             return sum(
                 planned_bytes(c.spec, c.geometry, c.dtype)
@@ -604,6 +604,7 @@ class Rollout:
         if not self.fits(snapshot):
             raise CacheStateError("the snapshot is of another kind of rollout or lies in other pools")
         self._await_decoder()
+        self._take_text()
         if self.decoder and snapshot.decoder is not None:
             self.decoder.restore(snapshot.decoder, (len(self.seeds), *self.latent_size[1:]))
         for cache, part in zip(self._caches(), snapshot.caches, strict=True):
@@ -618,7 +619,9 @@ class Rollout:
         latents = snapshot.latents.to(self.device, copy=True)
         frames = None if snapshot.frames is None else snapshot.frames.to(self.device, copy=True)
         read = self.cache.pages_read, self.cache.lossy_pages_read
-        return Chunk(self.chunk - 1, snapshot.start_frame, latents, frames, self._stats((0.0, 0.0, 0.0), read))
+        return Chunk(
+            self.chunk - 1, snapshot.start_frame, latents, frames, self._stats((0.0, 0.0, 0.0), read)
+        )
 
     @property
     def parked(self) -> bool:

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from vidkv.cache import CacheGeometry, CacheSpec
-from vidkv.cache.kv_cache import planned_bytes, planned_pools
+from vidkv.cache.kv_cache import planned_pools
 from vidkv.cache.pool import PagePool
 from vidkv.errors import InputError
 from vidkv.models.lora import fingerprint
-from vidkv.models.weights import precision_of
 from vidkv.models.wan import Block, CausalWanTransformer3DModel, TextContext
+from vidkv.models.weights import precision_of
 from vidkv.rollout import Chunk, Rollout, Snapshot
 
 if TYPE_CHECKING:
@@ -54,22 +54,25 @@ class Pools:
     def of(
         self, spec: CacheSpec, geometry: CacheGeometry, device: torch.device | str, dtype: torch.dtype
     ) -> PoolSet:
-        """The set for caches of this kind, empty at first."""
-        return self.prepare(0, spec, geometry, device, dtype)
+        """The set for caches of this kind; made empty where there is none."""
+        kind = kind_of(spec, geometry, device, dtype)
+        self.trim(keep=kind)
+        return self._sets.get(kind) or self.prepare(0, *kind)
 
     def prepare(
         self, caches: int, spec: CacheSpec, geometry: CacheGeometry, device: torch.device | str,
-        dtype: torch.dtype,
+        dtype: torch.dtype, spare_bytes: int = 0,
     ) -> PoolSet:  # fmt: skip
-        """Likewise, made with memory for so many caches at once if it is made now."""
-        self.trim(keep=kind_of(spec, geometry, device, dtype))
+        """Likewise, made with memory for so many caches at once, and for so many bytes of other pages."""
+        self.trim()
         kind = kind_of(spec, geometry, device, dtype)
         if kind not in self._sets:
             made = {}
             for name, (format, slots) in planned_pools(spec, geometry, dtype).items():
-                made[name] = PagePool(format, slots * caches, device)
-                # room that nobody has been promised yet
-                made[name].cancel(slots * caches)
+                spare = spare_bytes // (format.bytes_per_page() * geometry.layers) if name == "pages" else 0
+                made[name] = PagePool(format, slots * caches + spare, device)
+                # nobody has been promised any of it yet
+                made[name].cancel(made[name].slots)
             self._sets[kind] = made
         return self._sets[kind]
 
@@ -89,7 +92,7 @@ class Pools:
             wanted = promised + slots * caches
             if wanted > there:
                 total += wanted * format.bytes_per_page() * geometry.layers
-        return total + caches * _mean_bytes(spec, geometry, dtype)
+        return total
 
     def trim(self, keep: _Kind | None = None) -> None:
         """Free sets in which nobody has room."""
@@ -112,11 +115,12 @@ def kind_of(
     return spec, geometry, str(torch.device(device)), dtype
 
 
-def _mean_bytes(spec: CacheSpec, geometry: CacheGeometry, dtype: torch.dtype) -> int:
+def pages_bytes(
+    spec: CacheSpec, geometry: CacheGeometry, device: torch.device | str, dtype: torch.dtype
+) -> int:
+    """Bytes of one cache's pages."""
     pools = planned_pools(spec, geometry, dtype).values()
-    return planned_bytes(spec, geometry, dtype) - sum(
-        format.bytes_per_page() * geometry.layers * slots for format, slots in pools
-    )
+    return sum(format.bytes_per_page() * geometry.layers * slots for format, slots in pools)
 
 
 class TextCache:
@@ -161,17 +165,20 @@ class PrefixCache:
     Args:
         budget_bytes: of unique pages, latents, frames and decoder states.
         chunks: how many of a video's first are remembered.
+        grow: let pools grow for what is remembered; else it is kept only where they have room already.
 
     Attributes:
         hits, misses: chunks that were taken over, and that were looked for in vain.
     """
 
-    def __init__(self, budget_bytes: int, chunks: int = OPENING_CHUNKS) -> None:
+    def __init__(self, budget_bytes: int, chunks: int = OPENING_CHUNKS, grow: bool = True) -> None:
         if budget_bytes < 0:
-            raise InputError(f"budget_bytes={budget_bytes} of the prefix cache; give a number of bytes, 0 for none")
+            raise InputError(
+                f"budget_bytes={budget_bytes} of the prefix cache; give a number of bytes, 0 for none"
+            )
         if chunks < 1:
             raise InputError(f"chunks={chunks} of the prefix cache; give at least 1")
-        self.budget_bytes, self.chunks = budget_bytes, chunks
+        self.budget_bytes, self.chunks, self.grow = budget_bytes, chunks, grow
         self.hits = self.misses = 0
         self._kept: OrderedDict[str, Snapshot] = OrderedDict()
         self._promised: Counter[PagePool] = Counter()
@@ -208,12 +215,9 @@ class PrefixCache:
         """Keep a rollout as it is after the chunk that it has just made, as far as the budget goes."""
         if key in self._kept or chunk.index >= self.chunks or not self.budget_bytes:
             return
-        snapshot = rollout.snapshot(chunk)
-        self._kept[key] = snapshot
-        self._shrink()
-        if key in self._kept and not self._promise():
-            # no memory for pages of its own: what is remembered is a luxury
-            self._drop(key)
+        self._kept[key] = rollout.snapshot(chunk)
+        while self._kept and (self.nbytes > self.budget_bytes or not self._promise()):
+            self._drop(next(iter(self._kept)))
 
     def clear(self) -> None:
         """Forget everything, and give the room back."""
@@ -222,10 +226,6 @@ class PrefixCache:
         for pool, slots in self._promised.items():
             pool.cancel(slots)
         self._promised.clear()
-
-    def _shrink(self) -> None:
-        while self._kept and self.nbytes > self.budget_bytes:
-            self._drop(next(iter(self._kept)))
 
     def _drop(self, key: str) -> None:
         self._kept.pop(key).close()
@@ -238,14 +238,18 @@ class PrefixCache:
         return Counter(pool for pool, _ in places)
 
     def _promise(self) -> bool:
-        """Room for all pages that are kept: caches overwrite what they share with nobody but us."""
-        for pool, count in self._pages().items():
-            short = count - self._promised[pool]
-            if short <= 0:
-                continue
-            # by halves, because each time the pool is copied
-            most = self.budget_bytes // self._page_bytes(pool)
-            short = max(short, min(count // 2, most - count))
+        """Whether there is room for all pages that are kept: a cache overwrites what it shares elsewhere."""
+        return all(self._reserve(pool, count) for pool, count in self._pages().items())
+
+    def _reserve(self, pool: PagePool, count: int) -> bool:
+        """Whether a pool has promised so many slots; it is asked for more where it has to be."""
+        short = count - self._promised[pool]
+        if short > pool.slots - pool.reserved:
+            if not self.grow:
+                return False
+            # half as many again, because each time the pool is copied
+            short = max(short, min(count // 2, self.budget_bytes // self._page_bytes(pool) - count))
+        if short > 0:
             try:
                 pool.reserve(short)
             except torch.OutOfMemoryError:

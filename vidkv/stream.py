@@ -221,9 +221,7 @@ class VideoStream(Iterator[Chunk]):
             self._opening = None
             return None
         at_once = self.pipe.entry.recache_at_once
-        return self._opening.advance(
-            self.rollout, held=given, noise=noise, switch=self._way, at_once=at_once
-        )
+        return self._opening.advance(self.rollout, held=given, noise=noise, switch=self._way, at_once=at_once)
 
     def _made(self, given: Tensor | None) -> Chunk:
         """The next chunk: taken over where one with its key was made before, else made."""
