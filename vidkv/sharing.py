@@ -67,10 +67,11 @@ class Pools:
         self.trim()
         kind = kind_of(spec, geometry, device, dtype)
         if kind not in self._sets:
-            made = {}
-            for name, (format, slots) in planned_pools(spec, geometry, dtype).items():
-                spare = spare_bytes // (format.bytes_per_page() * geometry.layers) if name == "pages" else 0
-                made[name] = PagePool(format, slots * caches + spare, device)
+            made, planned = {}, planned_pools(spec, geometry, dtype)
+            # what is remembered has pages in all of them
+            page = sum(format.bytes_per_page() * geometry.layers for format, _ in planned.values())
+            for name, (format, slots) in planned.items():
+                made[name] = PagePool(format, slots * caches + spare_bytes // page, device)
                 # nobody has been promised any of it yet
                 made[name].cancel(made[name].slots)
             self._sets[kind] = made
@@ -216,8 +217,11 @@ class PrefixCache:
         if key in self._kept or chunk.index >= self.chunks or not self.budget_bytes:
             return
         self._kept[key] = rollout.snapshot(chunk)
-        while self._kept and (self.nbytes > self.budget_bytes or not self._promise()):
+        while self.nbytes > self.budget_bytes:
             self._drop(next(iter(self._kept)))
+        while key in self._kept and (full := self._full_pool()) is not None:
+            # the new one last, and then in vain
+            self._drop(next(k for k, snapshot in self._kept.items() if full in _pools_of(snapshot)))
 
     def clear(self) -> None:
         """Forget everything, and give the room back."""
@@ -237,9 +241,9 @@ class PrefixCache:
         )
         return Counter(pool for pool, _ in places)
 
-    def _promise(self) -> bool:
-        """Whether there is room for all pages that are kept: a cache overwrites what it shares elsewhere."""
-        return all(self._reserve(pool, count) for pool, count in self._pages().items())
+    def _full_pool(self) -> PagePool | None:
+        """A pool without room for what is kept in it: a cache overwrites elsewhere what it shares."""
+        return next((pool for pool, count in self._pages().items() if not self._reserve(pool, count)), None)
 
     def _reserve(self, pool: PagePool, count: int) -> bool:
         """Whether a pool has promised so many slots; it is asked for more where it has to be."""
@@ -262,6 +266,10 @@ class PrefixCache:
     def _page_bytes(pool: PagePool) -> int:
         """Of one latent frame over all layers."""
         return pool.format.bytes_per_page() * pool.format.geometry.layers
+
+
+def _pools_of(snapshot: Snapshot) -> set[PagePool]:
+    return {pool for cache in snapshot.caches for pool, _ in cache.places()}
 
 
 class Opening:
