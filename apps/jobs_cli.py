@@ -119,6 +119,8 @@ def render(
         raise InputError(f"--checkpoint-every {checkpoint_every}: give a positive number of seconds")
     if engine == "ray" and devices != "auto":
         raise InputError(f"--devices {devices!r:.40}: Ray chooses them; leave it out, or say --actors")
+    if engine == "ray" and concurrent > 1:
+        raise InputError(f"--concurrent {concurrent}: a Ray actor makes one video at a time; say --actors")
     own = _own_device(shard, devices)
     names = pick_devices(own)
     settings = EngineSettings(

@@ -171,6 +171,7 @@ class TestMistakes:
             (("MANIFEST", "--devices", "tpu"), "devices='tpu'"),
             (("MANIFEST", "--shard", "3/2"), "shard=3/2"),
             (("MANIFEST", "--engine", "ray", "--devices", "cpu"), "Ray chooses them"),
+            (("MANIFEST", "--engine", "ray", "--concurrent", "2"), "a Ray actor makes one video at a time"),
             (("MANIFEST", "--checkpoint-every", "0"), "--checkpoint-every 0"),
             (("MANIFEST", "--weights", "int3"), "weights='int3'"),
             (("MANIFEST", "--concurrent", "0"), "concurrent"),
