@@ -431,6 +431,26 @@ class TestStreams:
             scheduler.close()
             pipe.pools = pipe.prefixes = None
 
+    def test_what_is_remembered_stays_where_forgetting_would_not_help(
+        self, pipe: CausalVideoPipeline
+    ) -> None:
+        """A third video waits for one of two to end, not for their beginnings."""
+        common: dict[str, Any] = {"height": HEIGHT, "width": WIDTH, "num_frames": 33, "cache": SPECS[0]}
+        pipe.pools, pipe.prefixes = Pools(), PrefixCache(10**8, chunks=1, grow=False)
+        budget = room(SPECS[0]) * 5 // 2
+        scheduler: Scheduler[Chunk] = Scheduler(pipe.pools, budget, 100.0, pipe.prefixes, Ticks())
+        try:
+            for seed in (1, 2, 3):
+                request = common | {"seed": seed, "prompt": "a red circle bouncing"}
+                scheduler.add(str(seed), _begin(pipe, request), need_of(SPECS[0]))
+            for _ in range(4):
+                scheduler.step()
+                assert scheduler.held_bytes <= budget
+            assert not scheduler.entries[2].begun and len(pipe.prefixes) == 1
+        finally:
+            scheduler.close()
+            pipe.pools = pipe.prefixes = None
+
 
 def _begin(pipe: CausalVideoPipeline, request: dict[str, Any]) -> Callable[[], Any]:
     return lambda: pipe.stream(**request)

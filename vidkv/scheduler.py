@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -11,6 +11,7 @@ import torch
 
 from vidkv.cache import CacheGeometry, CacheSpec
 from vidkv.cache.kv_cache import planned_bytes
+from vidkv.cache.pool import PagePool
 from vidkv.errors import InputError, ResourceError
 from vidkv.memory import MemoryPlan, gigabytes
 from vidkv.rollout import Rollout
@@ -257,9 +258,10 @@ class Scheduler(Generic[T]):
         if entry.here:
             return True
         while not self._fits(entry):
-            if self.prefixes is not None and len(self.prefixes):
+            victim = self._victim(entry)
+            if self.prefixes is not None and len(self.prefixes) and (victim or self._fits(entry, True)):
                 self.prefixes.clear()
-            elif (victim := self._victim(entry)) is not None:
+            elif victim is not None:
                 self._park(victim)
             else:
                 # where nobody is here it is others who fill the pools, and nobody to wait for
@@ -287,18 +289,21 @@ class Scheduler(Generic[T]):
         ahead = [other for other in here if other.served_s - entry.served_s > self.patience_s]
         return max(ahead, key=lambda other: other.served_s, default=None)
 
-    def _fits(self, entry: Entry[T]) -> bool:
+    def _fits(self, entry: Entry[T], forgetting: bool = False) -> bool:
+        """Whether there is room for another one, or would be without what is remembered."""
         if self.budget_bytes is None:
             return True
-        growth = self.pools.growth_bytes(entry.need.caches, *entry.need.kind)
-        return self._bytes_with(entry) + growth <= self.budget_bytes
+        promised = self.prefixes.promised if forgetting and self.prefixes is not None else {}
+        growth = self.pools.growth_bytes(entry.need.caches, *entry.need.kind, promised=promised)
+        return self._bytes_with(entry, promised) + growth <= self.budget_bytes
 
-    def _bytes_with(self, entry: Entry[T] | None) -> int:
+    def _bytes_with(self, entry: Entry[T] | None, promised: Mapping[PagePool, int] | None = None) -> int:
         """Bytes of the pools as they are, and of what rollouts take beside them if another one comes."""
         there = [other.need for other in self._entries if other.here]
         there += [entry.need] if entry is not None else []
         passing = max((need.passing_bytes for need in there), default=0)
-        return self.pools.nbytes + sum(need.beside_bytes for need in there) + passing
+        pools = self.pools.nbytes_without(promised or {})
+        return pools + sum(need.beside_bytes for need in there) + passing
 
     def _prepare(self, entry: Entry[T]) -> PoolSet:
         """The pools of a video's kind; new ones have room for all of the kind, as far as the budget goes.

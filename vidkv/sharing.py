@@ -48,8 +48,13 @@ class Pools:
     @property
     def nbytes(self) -> int:
         """Bytes of all pools, used or not."""
+        return self.nbytes_without({})
+
+    def nbytes_without(self, promised: Mapping[PagePool, int]) -> int:
+        """Likewise, once these promises are taken back."""
         self.trim()
-        return sum(pool.nbytes for pools in self._sets.values() for pool in pools.values())
+        used = [pools for pools in self._sets.values() if _in_use(pools, promised)]
+        return sum(pool.nbytes for pools in used for pool in pools.values())
 
     def of(
         self, spec: CacheSpec, geometry: CacheGeometry, device: torch.device | str, dtype: torch.dtype
@@ -79,31 +84,38 @@ class Pools:
 
     def growth_bytes(
         self, caches: int, spec: CacheSpec, geometry: CacheGeometry, device: torch.device | str,
-        dtype: torch.dtype,
+        dtype: torch.dtype, promised: Mapping[PagePool, int] | None = None,
     ) -> int:  # fmt: skip
         """Bytes that so many more caches of a kind allocate at most: nothing while there is room for them.
 
         A pool that grows is copied, and counts as a whole.
+
+        Args:
+            promised: promises that are taken back before.
         """
         self.trim()
+        promised = promised or {}
         pools, total = self._sets.get(kind_of(spec, geometry, device, dtype), {}), 0
+        if not _in_use(pools, promised):
+            pools = {}
         for name, (format, slots) in planned_pools(spec, geometry, dtype).items():
             pool = pools.get(name)
-            promised, there = (pool.reserved, pool.slots) if pool is not None else (0, 0)
-            wanted = promised + slots * caches
-            if wanted > there:
+            kept = pool.reserved - promised.get(pool, 0) if pool is not None else 0
+            wanted = kept + slots * caches
+            if wanted > (pool.slots if pool is not None else 0):
                 total += wanted * format.bytes_per_page() * geometry.layers
         return total
 
     def trim(self, keep: _Kind | None = None) -> None:
         """Free sets in which nobody has room."""
-        empty = [
-            kind
-            for kind, pools in self._sets.items()
-            if kind != keep and not any(pool.reserved for pool in pools.values())
-        ]
+        empty = [kind for kind, pools in self._sets.items() if kind != keep and not _in_use(pools, {})]
         for kind in empty:
             del self._sets[kind]
+
+
+def _in_use(pools: PoolSet, promised: Mapping[PagePool, int]) -> bool:
+    """Whether anybody has room in them but for these promises."""
+    return any(pool.reserved > promised.get(pool, 0) for pool in pools.values())
 
 
 _Kind = tuple[CacheSpec, CacheGeometry, str, torch.dtype]
@@ -201,6 +213,11 @@ class PrefixCache:
                 if tensor.numel()
             }.values()
         )
+
+    @property
+    def promised(self) -> Mapping[PagePool, int]:
+        """Slots that pools have promised for what is kept."""
+        return self._promised
 
     def take(self, key: str, rollout: Rollout) -> Chunk | None:
         """The chunk of that key, after which the rollout then stands; None if there is none."""

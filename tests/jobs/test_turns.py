@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -138,14 +139,13 @@ class TestVideos:
         self, store: JobStore, model: str, wholes: dict[str, tuple[str, np.ndarray]], order: list[str],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
-        """Each is parked for the others after every chunk."""
-        made = list[Any]()
+        """Each is parked for the others, with turns of equal length."""
+        made, real = list[Any](), turns_module.Scheduler
 
         def scheduler(*args: Any, **options: Any) -> Any:
-            made.append(turns_module_scheduler(*args, **options, patience_s=0))
+            made.append(real(*args, **options, patience_s=0, clock=count().__next__))
             return made[-1]
 
-        turns_module_scheduler = turns_module.Scheduler
         monkeypatch.setattr(turns_module, "Scheduler", scheduler)
         needs = list[int]()
         need_of = turns_module._need
@@ -159,7 +159,7 @@ class TestVideos:
         submit(store, model, "a", "b", "c")
         work(store)
         as_alone(store, wholes, "a", "b", "c")
-        assert made[0].parkings >= 3 and order[0][0] != order[-1][0]
+        assert made[0].parkings >= 4 and {id[0] for id in order[:3]} == {"a", "b", "c"}
 
     def test_without_anything_shared(
         self, store: JobStore, model: str, wholes: dict[str, tuple[str, np.ndarray]]
@@ -221,6 +221,27 @@ class TestApart:
         job = store.get("b")
         assert (job.state, job.error) == (State.CANCELLED, "the job was cancelled")
         assert (store.root / "b.partial.mp4").exists() and len([o for o in order if o[0] == "b"]) <= 2
+
+    def test_a_cancelled_one_does_not_wait_for_its_turn(
+        self, store: JobStore, model: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        begun: list[tuple[int, ...]] = []
+        step = Rollout.step_chunk
+
+        def noted(self: Rollout, *args: Any, **options: Any) -> Any:
+            begun.append(self.seeds)
+            return step(self, *args, **options)
+
+        def cancel(store: JobStore) -> None:
+            store.cancel("c")
+            begun.clear()
+
+        monkeypatch.setattr(Rollout, "step_chunk", noted)
+        after(monkeypatch, "a1", cancel)
+        submit(store, model, "a", "c")
+        work(store)
+        assert [store.get(id).state for id in "ac"] == [State.DONE, State.CANCELLED]
+        assert begun == [(0,)] * (CHUNKS - 2)
 
     def test_a_broken_one(
         self, store: JobStore, model: str, wholes: dict[str, tuple[str, np.ndarray]],
