@@ -131,11 +131,15 @@ class TestEqualOpenings:
         # what is given is committed again, and a recache comes before its chunk: nothing is denoised
         assert len(passes) - before <= {"image": 1, "video": 2, "recache": 2}.get(case, 0)
 
-    @pytest.mark.parametrize("format", ["fp32", "int8,keep_newest"])
-    def test_go_on_apart(self, shared: CausalVideoPipeline, format: str) -> None:
+    @pytest.mark.parametrize(
+        ("format", "noise"), [("fp32", "counter"), ("fp32", "stock"), ("int8,keep_newest", "counter")]
+    )
+    def test_go_on_apart(self, shared: CausalVideoPipeline, format: str, noise: str) -> None:
         """Interleaved, past the window, each as if alone: what one overwrites the other still reads."""
         spec = f"{format},window=9,sink=2"
-        requests = [{"cache": spec, "prompt": p, "num_frames": 12 * 7 - 3} for p in (PROMPT, SWITCHED)]
+        requests = [
+            {"cache": spec, "prompt": p, "num_frames": 12 * 7 - 3, "noise": noise} for p in (PROMPT, SWITCHED)
+        ]
         wanted = [alone(shared, **request) for request in requests]
         a, b = (begin(shared, **request) for request in requests)
         found: tuple[list[Chunk], list[Chunk]] = ([], [])
