@@ -43,6 +43,15 @@ Resume = Annotated[
     str,
     typer.Option(help="exact: goes on bit for bit, from checkpoints. light: close to it, from latents."),
 ]
+Concurrent = Annotated[
+    int, typer.Option(min=1, help="Videos that each worker makes by turns, of one model and precision.")
+]
+Share = Annotated[
+    float,
+    typer.Option(
+        help="GB of each worker's memory for beginnings of videos, so that equal ones are made once."
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -63,6 +72,8 @@ def render(
         float, typer.Option(help="Seconds between checkpoints, at least; more where they are large.")
     ] = 30.0,
     retries: Annotated[int, typer.Option(min=0, help="Attempts after the first.")] = 2,
+    concurrent: Concurrent = 1,
+    share: Share = 0.0,
     shard: Annotated[
         str | None,
         typer.Option(help="This process's part: INDEX/COUNT from 0, auto (the launcher's), or auto/COUNT."),
@@ -108,6 +119,8 @@ def render(
         raise InputError(f"--checkpoint-every {checkpoint_every}: give a positive number of seconds")
     if engine == "ray" and devices != "auto":
         raise InputError(f"--devices {devices!r:.40}: Ray chooses them; leave it out, or say --actors")
+    if engine == "ray" and concurrent > 1:
+        raise InputError(f"--concurrent {concurrent}: a Ray actor makes one video at a time; say --actors")
     own = _own_device(shard, devices)
     names = pick_devices(own)
     settings = EngineSettings(
@@ -115,7 +128,10 @@ def render(
         text_weights=text_weights, offload=offload, loras=tuple(scaled(text) for text in lora or ()), vae=vae,
         tile=tile_size(tile), compiled=compiled,
     )  # fmt: skip
-    options = Options(_resume(resume), Interval(every_s=checkpoint_every))
+    options = Options(
+        _resume(resume), Interval(every_s=checkpoint_every), concurrent=concurrent,
+        shared_bytes=_shared_bytes(share),
+    )  # fmt: skip
     batch = rendering.Batch(
         manifest, out, settings, names, options, retries, _shard(shard),
         rendering.RayCluster(address, actors) if engine == "ray" else None,
@@ -143,6 +159,8 @@ def serve(
     queue: Annotated[int, typer.Option(min=1, help="Unfinished jobs; more are refused with 429.")] = 32,
     resume: Resume = "exact",
     retries: Annotated[int, typer.Option(min=0, help="Attempts after the first.")] = 2,
+    concurrent: Concurrent = 1,
+    share: Share = 0.0,
     weights: Weights = "full",
     text_weights: TextWeights = None,
     offload: Offload = "text",
@@ -160,7 +178,8 @@ def serve(
         settings=EngineSettings(
             device=names[0].partition(":")[0], weights=weights, text_weights=text_weights, offload=offload
         ),
-        options=Options(_resume(resume)), retries=retries, limits=ApiLimits(queue=queue),
+        options=Options(_resume(resume), concurrent=concurrent, shared_bytes=_shared_bytes(share)),
+        retries=retries, limits=ApiLimits(queue=queue),
         say=lambda url: say(f"serving at {url}"),
     )  # fmt: skip
     raise typer.Exit(SIGNALLED + number if number else OK)
@@ -221,6 +240,17 @@ def _shard(text: str | None) -> Shard | None:
     from vidkv.jobs.shards import Shard
 
     return None if text is None else Shard.choose(text, os.environ)
+
+
+def _shared_bytes(gigabytes: float) -> int:
+    """Of --share.
+
+    Raises:
+        InputError: not a size.
+    """
+    if not 0 <= gigabytes < 1e6:
+        raise InputError(f"--share {gigabytes}: give gigabytes, such as 4, or 0 for none")
+    return int(gigabytes * 1e9)
 
 
 def _own_device(shard: str | None, devices: str) -> str:

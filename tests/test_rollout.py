@@ -24,7 +24,15 @@ from tests.tiny import (
 )
 from vidkv.cache import planned_bytes
 from vidkv.cache.kv_cache import State
-from vidkv.errors import CacheSpecError, CacheStateError, Cancelled, InputError, NumericsError, StateError
+from vidkv.errors import (
+    CacheSpecError,
+    CacheStateError,
+    Cancelled,
+    InputError,
+    NumericsError,
+    ResourceError,
+    StateError,
+)
 from vidkv.models.wan import CausalWanTransformer3DModel
 from vidkv.noise import chunk_noise
 from vidkv.rollout import Chunk, Rollout, _seconds
@@ -219,6 +227,131 @@ class TestFork:
                 act()
         fresh = build_rollout(transformer=model, vae=build_vae())
         assert same(chunks_of(branch, 2), chunks_of(fresh, 4)[2:])
+
+
+class TestPark:
+    """What it keeps lies on the host for a while, and nobody can tell."""
+
+    @pytest.mark.parametrize("format", FORMATS)
+    @pytest.mark.parametrize("after", [0, 1, 4])
+    def test_comes_back_bit_for_bit(
+        self, model: CausalWanTransformer3DModel, format: str, after: int
+    ) -> None:
+        vae = build_vae()
+        wanted = chunks_of(build_rollout(f"{format},{WINDOW}", transformer=model, vae=vae), after + 3)
+        rollout = build_rollout(f"{format},{WINDOW}", transformer=model, vae=vae)
+        found = chunks_of(rollout, after)
+        for _ in range(2):
+            rollout.park(), rollout.park()
+            assert rollout.parked and (rollout.chunk, rollout.next_frame) == (after, 3 * after)
+            rollout.unpark(), rollout.unpark()
+            rollout.cache.check_integrity()
+        assert not rollout.parked
+        assert same(found + chunks_of(rollout, 3), wanted)
+
+    def test_gives_its_room_to_others(self, model: CausalWanTransformer3DModel) -> None:
+        """In pools for one cache, which another fills with its own pages meanwhile."""
+        wanted = [chunks_of(build_rollout(transformer=model, seeds=[s], vae=build_vae()), 5) for s in (7, 8)]
+        first = build_rollout(transformer=model, vae=build_vae())
+        pools = first.cache.pools
+        found = chunks_of(first, 3)
+        serials = list(first.pages())
+        first.park()
+        assert first.kv_bytes == 0 and not first.window_latents
+        assert sum(pools["pages"].references) == pools["pages"].reserved == 0
+        second = build_rollout(transformer=model, seeds=[8], vae=build_vae())
+        second.park()
+        second.unpark(pools)
+        assert same(chunks_of(second, 5), wanted[1]) and pools["pages"].slots == 6
+        second.close()
+        first.unpark(pools)
+        # checkpoints know pages by these
+        assert list(first.pages()) == serials
+        assert same(found + chunks_of(first, 2), wanted[0]) and pools["pages"].slots == 6
+
+    def test_on_the_way_to_another_prompt(self, model: CausalWanTransformer3DModel) -> None:
+        """Which a saved state does not know."""
+        text, other = build_text(model), build_text(model, seed=3)
+        videos = []
+        for parks in (False, True):
+            rollout = build_rollout(transformer=model, text=text)
+            chunks = chunks_of(rollout, 2)
+            rollout.switch(other, strategy="lerp", chunks=3)
+            for _ in range(4):
+                if parks:
+                    rollout.park()
+                    rollout.unpark()
+                chunks += chunks_of(rollout, 1)
+            videos.append(chunks)
+        assert same(*videos)
+
+    def test_makes_nothing_meanwhile(self, model: CausalWanTransformer3DModel) -> None:
+        rollout = build_rollout(transformer=model)
+        chunks_of(rollout, 1)
+        rollout.park()
+        for act in (rollout.step_chunk, rollout.denoise, rollout.fork, rollout.state):
+            with pytest.raises(CacheStateError, match="closed"):
+                act()
+        rollout.unpark()
+        assert same(chunks_of(rollout, 1), chunks_of(build_rollout(transformer=model), 2)[1:])
+
+    def test_closed_for_good(self, model: CausalWanTransformer3DModel) -> None:
+        rollout = build_rollout(transformer=model)
+        rollout.park()
+        rollout.close()
+        assert not rollout.parked
+        rollout.unpark()
+        with pytest.raises(CacheStateError, match="closed"):
+            rollout.step_chunk()
+
+    def test_without_room_it_stays_parked(
+        self, model: CausalWanTransformer3DModel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        rollout = build_rollout(transformer=model)
+        found = chunks_of(rollout, 2)
+        pools = build_rollout(transformer=model).cache.pools
+        rollout.park()
+        before = pools["pages"].reserved
+
+        def full(self: Rollout, *args: Any) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Rollout, "restore", full)
+            with pytest.raises(ResourceError, match="out of memory"):
+                rollout.unpark(pools)
+        assert rollout.parked and pools["pages"].reserved == before
+        rollout.unpark(pools)
+        assert same(found + chunks_of(rollout, 2), chunks_of(build_rollout(transformer=model), 4))
+
+
+class TestSnapshot:
+    def test_goes_only_where_its_pages_lie(self, model: CausalWanTransformer3DModel) -> None:
+        source = build_rollout(transformer=model)
+        (chunk,) = chunks_of(source, 1)
+        snapshot = source.snapshot(chunk)
+        target = build_rollout(transformer=model)
+        assert not target.fits(snapshot)
+        with pytest.raises(CacheStateError, match="other pools"):
+            target.take_over(snapshot)
+        wanted = chunks_of(build_rollout(transformer=model), 3)
+        assert same(chunks_of(target, 3), wanted)
+
+    @pytest.mark.parametrize("format", FORMATS)
+    def test_taken_over_it_is_the_same_video(self, model: CausalWanTransformer3DModel, format: str) -> None:
+        vae = build_vae()
+        wanted = chunks_of(build_rollout(f"{format},{WINDOW}", transformer=model, vae=vae), 6)
+        source = build_rollout(f"{format},{WINDOW}", transformer=model, vae=vae)
+        target = source.fork()
+        found = []
+        for _ in range(4):
+            (chunk,) = chunks_of(source, 1)
+            snapshot = source.snapshot(chunk)
+            found.append(target.take_over(snapshot))
+            snapshot.close()
+        assert found[0].stats.denoise_s == 0 and target.revision > 0
+        assert same(found + chunks_of(target, 2), wanted)
+        assert same(chunks_of(source, 2), wanted[4:])
 
 
 class TestDenoise:

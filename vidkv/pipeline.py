@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
-from vidkv.cache import CacheSpec
+from vidkv.cache import CacheGeometry, CacheSpec
 from vidkv.conditioning import as_pixels, encode_pixels, usable_frames
 from vidkv.embeddings import PromptEncoder
 from vidkv.errors import Cancelled, CheckpointError, InputError
@@ -37,6 +37,7 @@ from vidkv.noise import StockNoise
 from vidkv.prompts import PromptLike, PromptSchedule, Switch
 from vidkv.rollout import Chunk, EditStep, OnStep, Rollout
 from vidkv.schedule import FlowSchedule
+from vidkv.sharing import Pools, PrefixCache, TextCache
 from vidkv.stream import VideoStream, awaken, chunks_for, latents_before
 
 MAX_SECONDS = 24 * 3600.0
@@ -77,6 +78,8 @@ class CausalVideoPipeline(DiffusionPipeline, LoraPipelineMixin):
         tiling: how the picture is cut for decoding, for small cards.
         graphs: whether a GPU replays recorded passes (`Rollout.record_passes`).
         prompt_encoder: turns prompts into embeddings.
+        pools: where rollouts that are started from now on lie together; None: each in pools of its own.
+        prefixes: beginnings of streams that later ones may take over; needs `pools`.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -122,6 +125,9 @@ class CausalVideoPipeline(DiffusionPipeline, LoraPipelineMixin):
         )
         self.tiling, self.graphs = Tiling(), False
         self.prompt_encoder: PromptEncoder | None = None
+        self.pools: Pools | None = None
+        self.prefixes: PrefixCache | None = None
+        self._contexts = TextCache()
         # settings that cannot be used are refused now, not in the middle of a video
         canonical_prompt(prompt_grammar), self.schedule
         self._interrupt = False
@@ -365,15 +371,21 @@ class CausalVideoPipeline(DiffusionPipeline, LoraPipelineMixin):
         decode: bool = True,
     ) -> Rollout:
         """A rollout without a prompt yet; batch element i has seed `seed + i`, or `seeds[i]`."""
-        entry = self.entry
+        entry, spec = self.entry, self._spec(cache)
         rows, columns = latent_size(entry, *pixel_size(entry, height, width))
+        seeds = [seed + i for i in range(batch)] if seeds is None else seeds
+        pools = None
+        if self.pools is not None:
+            config = self.transformer.config
+            geometry = CacheGeometry.of_model(config, rows, columns, entry.chunk_frames, len(seeds))
+            pools = self.pools.of(spec, geometry, self._execution_device, self.transformer.dtype)
         return Rollout(
             self.transformer,
             TextContext([], []),
-            self._spec(cache),
+            spec,
             schedule or self.schedule,
             (self.transformer.config.in_channels, rows, columns),
-            [seed + i for i in range(batch)] if seeds is None else seeds,
+            seeds,
             entry.chunk_frames,
             streaming_decoder(self.vae, self.tiling) if decode else None,
             first_chunk_frames=entry.first_chunk_frames,
@@ -381,6 +393,7 @@ class CausalVideoPipeline(DiffusionPipeline, LoraPipelineMixin):
             context_encoder=self._context_encoder() if entry.recompute_context and decode else None,
             device=self._execution_device,
             graphs=self.graphs,
+            pools=pools,
         )
 
     @torch.no_grad()
@@ -437,14 +450,15 @@ class CausalVideoPipeline(DiffusionPipeline, LoraPipelineMixin):
 
     @torch.no_grad()
     def text_context(self, embeds: Tensor) -> TextContext:
-        """Cross-attention context of embeddings (batch, tokens, width)."""
+        """Cross-attention context of embeddings (batch, tokens, width); equal ones share it."""
         width = self.transformer.config.text_dim
         if embeds.ndim != 3 or embeds.shape[-1] != width:
             raise InputError(
                 f"prompt_embeds are {tuple(embeds.shape)}; this model takes (batch, tokens, {width})"
             )
         awaken(self.transformer)
-        return self.transformer.encode_text(embeds.to(self._execution_device))
+        embeds = embeds.to(self._execution_device)
+        return self._contexts.get(self.transformer, embeds, lambda: self.transformer.encode_text(embeds))
 
     def chunk_second(self, chunk: int) -> float:
         """When the first frame of a chunk is shown."""

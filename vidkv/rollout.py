@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 
 from vidkv.attention import CachedAttention
-from vidkv.cache import CacheGeometry, CacheSpec, KVCache
+from vidkv.cache import CacheGeometry, CacheSpec, KVCache, planned_bytes
+from vidkv.cache.kv_cache import State
+from vidkv.cache.pool import PagePool
 from vidkv.cache.saved import check_tensor, entry, whole_numbers
+from vidkv.cache.snapshot import CacheSnapshot
 from vidkv.decoding import Decoder, LaterFrames, check_decoded
 from vidkv.dispatch import check as check_path
 from vidkv.dispatch import choose as choose_path
-from vidkv.errors import InputError, NumericsError, ResourceError, StateError
+from vidkv.errors import CacheStateError, InputError, NumericsError, ResourceError, StateError
 from vidkv.graphs import RecordedPasses
 from vidkv.models.vae import pixel_frames
 from vidkv.models.wan import CausalWanTransformer3DModel, TextContext
@@ -71,6 +74,45 @@ class Chunk:
     stats: ChunkStats
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """A rollout after one of its chunks, in shared pages; its prompt is not part of it.
+
+    Attributes:
+        caches: pages of the cache and of the negative text's.
+        noise: state of the noise source.
+        decoder: its memory, on the host; None without a decoder.
+        window_latents, context_frames: by latent frame.
+        chunk, prefix_chunks, prefix_frames: counters of the rollout.
+        start_frame, latents, frames: of the chunk, see `Chunk`; on the host.
+    """
+
+    caches: tuple[CacheSnapshot, ...]
+    noise: tuple[dict[str, Tensor], dict[str, Any]]
+    decoder: dict[str, Tensor] | None
+    window_latents: dict[int, Tensor]
+    context_frames: dict[int, Tensor]
+    chunk: int
+    prefix_chunks: int
+    prefix_frames: int
+    start_frame: int
+    latents: Tensor
+    frames: Tensor | None
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Everything but pages."""
+        yield self.latents
+        yield from (self.frames,) if self.frames is not None else ()
+        yield from (*self.window_latents.values(), *self.context_frames.values())
+        yield from (*self.noise[0].values(), *(self.decoder or {}).values())
+        yield from (cache.key_mean for cache in self.caches if cache.key_mean is not None)
+
+    def close(self) -> None:
+        """Let go of the pages."""
+        for cache in self.caches:
+            cache.close()
+
+
 OnStep = Callable[[int, int], None]
 """Called after each denoising step with (chunk, step); may raise `Cancelled` to stop."""
 
@@ -110,6 +152,10 @@ class Rollout:
             the VAE knows a video's first frame as something special (likewise).
         graphs: on a GPU, replay recorded denoising passes once the window is full (`RecordedPasses`).
         device: where to compute; by default where the transformer is, but an offloaded one is elsewhere.
+        pools: where the caches' pages lie; by default in pools of their own.
+
+    Attributes:
+        revision: raised by everything that changes what comes next: chunks, prompts, restored states.
     """
 
     def __init__(
@@ -131,6 +177,7 @@ class Rollout:
         context_encoder: Callable[[Tensor], Tensor] | None = None,
         device: torch.device | str | None = None,
         graphs: bool = False,
+        pools: dict[str, PagePool] | None = None,
     ) -> None:
         _, height, width = latent_size
         for seed in seeds:
@@ -156,14 +203,16 @@ class Rollout:
         geometry = CacheGeometry.of_model(transformer.config, height, width, chunk_frames, len(self.seeds))
         heads = transformer.config.num_attention_heads
         self.path = path or choose_path(spec, geometry, heads, self.device, self.dtype)
-        self.cache = cache or KVCache(spec, geometry, self.device, self.dtype)
+        self._pools = pools
+        self.cache = cache or KVCache(spec, geometry, self.device, self.dtype, pools)
         self.negative_cache: KVCache | None = None
         if schedule.guidance != 1 and cache is None:
-            self.negative_cache = KVCache(spec, geometry, self.device, self.dtype)
-        self.chunk = self.prefix_chunks = self.prefix_frames = 0
+            self.negative_cache = KVCache(spec, geometry, self.device, self.dtype, pools)
+        self.chunk = self.prefix_chunks = self.prefix_frames = self.revision = 0
         self.window_latents: dict[int, Tensor] = {}
         self.context_frames: dict[int, Tensor] = {}
         self._later: LaterFrames | None = None
+        self._parked: tuple[dict[str, Tensor], dict[str, Any]] | None = None
         self._pass: CausalWanTransformer3DModel | RecordedPasses = transformer
         if graphs:
             self.record_passes()
@@ -180,7 +229,13 @@ class Rollout:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the cache, and of the negative text's where there is one."""
+        """Bytes of the cache, and of the negative text's where there is one; of shared pools its part."""
+        if self._pools is not None:
+            return sum(
+                planned_bytes(c.spec, c.geometry, c.dtype)
+                for c in self._caches()
+                if c.state is not State.CLOSED
+            )
         return sum(cache.nbytes for cache in self._caches())
 
     @property
@@ -196,6 +251,16 @@ class Rollout:
         """Whether a `lerp` from one prompt to another is under way, which `state` does not know."""
         return self._transition is not None
 
+    @property
+    def transition(self) -> PromptTransition | None:
+        """The `lerp` that is under way."""
+        return self._transition
+
+    @property
+    def recorded(self) -> bool:
+        """Whether denoising passes are replayed from recordings once the window is full."""
+        return self._pass is not self.transformer
+
     def record_passes(self) -> None:
         """From now on replay recorded denoising passes once the window is full; on a CPU nothing changes."""
         if self.device.type == "cuda":
@@ -208,6 +273,7 @@ class Rollout:
             text: a context, or embeddings (b, text tokens, text_dim).
             negative: what the schedule's guidance leads away from; without one no step is guided.
         """
+        self.revision += 1
         self.text, self._transition = self._text(text), None
         self.negative = None if negative is None else self._text(negative)
 
@@ -492,7 +558,7 @@ class Rollout:
             self.chunk_frames, self.decoder.copy() if self.decoder else None, self.cache.fork(), self.path,
             first_chunk_frames=self.first_chunk_frames, noise=self.noise.copy(),
             recompute_context=self.recompute_context, context_encoder=self.context_encoder,
-            device=self.device, graphs=self._pass is not self.transformer,
+            device=self.device, graphs=self.recorded, pools=self._pools,
         )  # fmt: skip
         other.negative = self.negative
         other.negative_cache = self.negative_cache.fork() if self.negative_cache else None
@@ -502,12 +568,113 @@ class Rollout:
         other.context_frames = dict(self.context_frames)
         return other
 
+    def snapshot(self, chunk: Chunk) -> Snapshot:
+        """What it is after the chunk that it has just made; pages are shared, not copied.
+
+        Whoever keeps it reserves room in the pools, see `CacheSnapshot`.
+        """
+        self._await_decoder()
+        decoder = {name: t.cpu() for name, t in self.decoder.state().items()} if self.decoder else None
+        frames = None if chunk.frames is None else chunk.frames.to("cpu", copy=True)
+        return Snapshot(
+            tuple(CacheSnapshot(cache) for cache in self._caches()), self.noise.state(), decoder,
+            dict(self.window_latents), dict(self.context_frames), self.chunk, self.prefix_chunks,
+            self.prefix_frames, chunk.start_frame, chunk.latents.to("cpu", copy=True), frames,
+        )  # fmt: skip
+
+    def fits(self, snapshot: Snapshot) -> bool:
+        """Whether `take_over` can use it: its pages lie in this rollout's pools."""
+        caches = self._caches()
+        return len(caches) == len(snapshot.caches) and all(
+            part.fits(cache) for part, cache in zip(snapshot.caches, caches, strict=True)
+        )
+
+    @torch.no_grad()
+    def take_over(self, snapshot: Snapshot) -> Chunk:
+        """Stand after a chunk that a rollout equal to this one has made, without making it.
+
+        Equal is what its chunks' bits depend on, all of it, see `sharing.PrefixCache`; nobody else can tell.
+
+        Returns:
+            That chunk, in tensors of its own.
+
+        Raises:
+            CacheStateError: its pages are of another kind or lie in other pools; nothing has changed.
+        """
+        if not self.fits(snapshot):
+            raise CacheStateError("the snapshot is of another kind of rollout or lies in other pools")
+        self._await_decoder()
+        self._take_text()
+        if self.decoder and snapshot.decoder is not None:
+            self.decoder.restore(snapshot.decoder, (len(self.seeds), *self.latent_size[1:]))
+        for cache, part in zip(self._caches(), snapshot.caches, strict=True):
+            part.give(cache)
+        self.noise.restore(*snapshot.noise)
+        self.window_latents = dict(snapshot.window_latents)
+        self.context_frames = dict(snapshot.context_frames)
+        self.chunk = snapshot.chunk
+        self.revision += 1
+        self.prefix_chunks, self.prefix_frames = snapshot.prefix_chunks, snapshot.prefix_frames
+        self._advance_text()
+        latents = snapshot.latents.to(self.device, copy=True)
+        frames = None if snapshot.frames is None else snapshot.frames.to(self.device, copy=True)
+        read = self.cache.pages_read, self.cache.lossy_pages_read
+        return Chunk(
+            self.chunk - 1, snapshot.start_frame, latents, frames, self._stats((0.0, 0.0, 0.0), read)
+        )
+
+    @property
+    def parked(self) -> bool:
+        """Whether what it keeps lies on the host, see `park`."""
+        return self._parked is not None
+
+    def park(self) -> None:
+        """Move caches, window and decoder to the host's memory and give their room back, between two chunks.
+
+        Until `unpark` no chunk can be made. Prompts stay where they are. Twice is once.
+        """
+        if self._parked is not None:
+            return
+        state, recorded = self.state(), self.recorded
+        self.close()
+        self._parked = state
+        if recorded:
+            # recordings would keep what they read; those of the next cache are others anyway
+            self.record_passes()
+
+    def unpark(self, pools: dict[str, PagePool] | None = None) -> None:
+        """Take everything back onto the device, bit for bit; of a rollout that is not parked nothing changes.
+
+        Args:
+            pools: where the pages go; by default to pools of its own.
+
+        Raises:
+            ResourceError: the device has no room; it is parked still.
+        """
+        if self._parked is None:
+            return
+        before, revision = (self.cache, self.negative_cache, self._pools), self.revision
+        spec, geometry = self.cache.spec, self.cache.geometry
+        try:
+            with _naming_shortage(self.device):
+                self.cache = KVCache(spec, geometry, self.device, self.dtype, pools)
+                if self.negative_cache is not None:
+                    self.negative_cache = KVCache(spec, geometry, self.device, self.dtype, pools)
+                self._pools = pools
+                self.restore(*self._parked)
+        except BaseException:
+            for cache in self._caches():
+                cache.close()
+            self.cache, self.negative_cache, self._pools = before
+            raise
+        self._parked, self.revision = None, revision
+
     def close(self) -> None:
         """Let go of the cache and the decoder's memory, for good; forks go on. Twice is once."""
         for cache in self._caches():
             cache.close()
         self.window_latents, self.context_frames = {}, {}
-        self._pass = self.transformer
+        self._pass, self._parked = self.transformer, None
         if self.decoder:
             self.decoder.reset()
 
@@ -615,6 +782,7 @@ class Rollout:
         # a stock source has one for the whole batch
         self.noise, self.seeds = noise, seeds if len(seeds) == len(self.seeds) else self.seeds
         self.chunk, self.schedule, self.path = chunk, schedule, path
+        self.revision += 1
         self.prefix_chunks, self.prefix_frames = prefix
         self.window_latents, self.context_frames = latents, contexts
 
@@ -704,6 +872,11 @@ class Rollout:
             self.window_latents[start + i] = latents[:, i].clone()
         self._drop_latents()
         self.chunk += 1
+        self.revision += 1
+        self._advance_text()
+
+    def _advance_text(self) -> None:
+        """A chunk of the way from one prompt to another is done."""
         if self._transition is not None and self._transition.advance():
             self.text, self._transition = self._transition.after, None
 

@@ -14,6 +14,7 @@ from vidkv.models.registry import canonical_prompt
 from vidkv.models.vae import pixel_frames
 from vidkv.prompts import PromptSchedule, Switch
 from vidkv.rollout import Chunk, EditStep, OnStep, Rollout
+from vidkv.sharing import Opening
 
 if TYPE_CHECKING:
     from vidkv.pipeline import CausalVideoPipeline
@@ -64,6 +65,9 @@ class VideoStream(Iterator[Chunk]):
         self.switch, self.on_step, self.edit, self.overlap = switch, on_step, edit, overlap
         self.records: Records = lambda chunk: None
         self._texts: list[str] | None = None
+        self._opening: Opening | None = None
+        self._way: Switch | None = None
+        self._revision = 0
         self._chunks = self._run()
 
     def __next__(self) -> Chunk:
@@ -162,26 +166,33 @@ class VideoStream(Iterator[Chunk]):
         waiting: tuple[Chunk, LaterFrames] | None = None
         rollout, pipe = self.rollout, self.pipe
         first = rollout.first_chunk_frames
+        self._opening, self._revision = self._begin(), rollout.revision
         # tqdm takes infinity for unknown; diffusers takes None for a mistake
         with pipe.progress_bar(total=self.chunks or math.inf) as bar:
             while self.num_frames is None or pixel_frames(rollout.next_frame) < self.num_frames:
+                if rollout.revision != self._revision:
+                    # somebody has changed it by hand
+                    self._opening = None
                 self._prompt()
                 given, self.start = self.start, None
                 awaken(pipe.vae)
                 if given is not None and given.shape[1] >= first:
-                    for chunk in rollout.prefill(given):
+                    self._next_key(given)
+                    prefix = rollout.prefill(given)
+                    self._revision = rollout.revision
+                    for chunk in prefix:
                         bar.update()
                         yield self._cut(chunk)
                     continue
                 record = self.records(rollout.chunk)
                 if record is not None:
+                    # where it comes from is not known here
+                    self._opening = None
                     chunk = rollout.retrace(record.latents)
                     rollout.noise.restore(*record.noise)
                 else:
-                    chunk = rollout.step_chunk(
-                        noise=self._noise(), on_step=self.on_step, edit=self.edit, given=given,
-                        decode=not self.overlap,
-                    )  # fmt: skip
+                    chunk = self._made(given)
+                self._revision = rollout.revision
                 bar.update()
                 if waiting:
                     yield self._cut(_decoded(*waiting))
@@ -197,14 +208,43 @@ class VideoStream(Iterator[Chunk]):
             if waiting:
                 yield self._cut(_decoded(*waiting))
 
+    def _begin(self) -> Opening | None:
+        """The key of what comes, where it can be shared: from the beginning on, and made by nobody's hand."""
+        shared = self.pipe.prefixes is not None and self.edit is None and not self.overlap
+        return Opening(self.pipe, self.rollout) if shared and self.rollout.chunk == 0 else None
+
+    def _next_key(self, given: Tensor | None, noise: Tensor | None = None) -> str | None:
+        """The key of the next chunk."""
+        if self._opening is None or self.pipe.prefixes is None:
+            return None
+        if self.rollout.chunk >= self.pipe.prefixes.chunks:
+            self._opening = None
+            return None
+        at_once = self.pipe.entry.recache_at_once
+        return self._opening.advance(self.rollout, held=given, noise=noise, switch=self._way, at_once=at_once)
+
+    def _made(self, given: Tensor | None) -> Chunk:
+        """The next chunk: taken over where one with its key was made before, else made."""
+        noise, rollout, prefixes = self._noise(), self.rollout, self.pipe.prefixes
+        key = self._next_key(given, noise)
+        if key is not None and prefixes is not None and (known := prefixes.take(key, rollout)) is not None:
+            return known
+        chunk = rollout.step_chunk(
+            noise=noise, on_step=self.on_step, edit=self.edit, given=given, decode=not self.overlap
+        )
+        if key is not None and prefixes is not None:
+            prefixes.remember(key, rollout, chunk)
+        return chunk
+
     def _prompt(self) -> None:
         """Change the prompts of the next chunk where the schedule says so."""
-        second = self.next_second
+        second, self._way = self.next_second, None
         wanted = [schedule.at(second) for schedule in self.prompts]
         if wanted and wanted != self._texts:
             own = next((s.switch_at(second) for s in self.prompts if s.switch_at(second)), None)
             way = (own or self.switch or self.pipe.entry.prompt_switch) if self._texts else "keep"
-            self.pipe.set_prompt(self.rollout, wanted, self.negative_prompt, cast(Switch, way))
+            self._way = cast(Switch, way)
+            self.pipe.set_prompt(self.rollout, wanted, self.negative_prompt, self._way)
             self._texts = wanted
 
     def _noise(self) -> Tensor | None:

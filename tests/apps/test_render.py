@@ -62,6 +62,20 @@ class TestRender:
         code, stdout, _ = run(capsys, "jobs", str(out), "--json")
         assert [job["state"] for job in json.loads(stdout)["jobs"]] == ["done"] * 3
 
+    @pytest.mark.slow
+    def test_by_turns_they_are_the_same_videos(
+        self, capsys: pytest.CaptureFixture[str], tmp_path: Path, manifest: Callable[..., Path]
+    ) -> None:
+        """And begin together, with beginnings in common."""
+        later = {"schedule": [[1, "a blue square resting"]], "seconds": 2}
+        path, found = manifest({"id": "a"}, {"id": "b", "seed": 1}, later | {"id": "c"}), []
+        for turns in ((), ("--concurrent", "3", "--share", "0.1")):
+            out = tmp_path / f"renders{len(turns)}"
+            assert run(capsys, "render", str(path), "--out", str(out), "--devices", "cpu", *turns)[0] == 0
+            with JobStore(out) as store:
+                found.append([store.get(id).result["latents_sha256"] for id in "abc"])
+        assert found[0] == found[1] and len(set(found[0])) == 3
+
     def test_another_request_under_a_known_id(
         self, capsys: pytest.CaptureFixture[str], tmp_path: Path, manifest: Callable[..., Path]
     ) -> None:
@@ -157,8 +171,11 @@ class TestMistakes:
             (("MANIFEST", "--devices", "tpu"), "devices='tpu'"),
             (("MANIFEST", "--shard", "3/2"), "shard=3/2"),
             (("MANIFEST", "--engine", "ray", "--devices", "cpu"), "Ray chooses them"),
+            (("MANIFEST", "--engine", "ray", "--concurrent", "2"), "a Ray actor makes one video at a time"),
             (("MANIFEST", "--checkpoint-every", "0"), "--checkpoint-every 0"),
             (("MANIFEST", "--weights", "int3"), "weights='int3'"),
+            (("MANIFEST", "--concurrent", "0"), "concurrent"),
+            (("MANIFEST", "--share", "-1"), "--share -1.0: give gigabytes"),
         ],
         ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
     )
@@ -178,6 +195,18 @@ class TestMistakes:
     def test_a_folder_without_jobs(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         code, _, stderr = run(capsys, "jobs", str(tmp_path))
         assert code == 2 and "holds no jobs" in stderr
+
+    def test_served_by_turns(
+        self, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen: list[Any] = []
+        monkeypatch.setattr(
+            "vidkv.apps.serve.serve", lambda *args, **options: seen.append(options["options"]) or 0
+        )
+        arguments = ("serve", "--out", str(tmp_path), "--devices", "cpu")
+        run(capsys, *arguments)
+        run(capsys, *arguments, "--concurrent", "4", "--share", "0.5")
+        assert [(o.concurrent, o.shared_bytes) for o in seen] == [(1, 0), (4, 500_000_000)]
 
     def test_serving_everybody_without_a_token(
         self, capsys: pytest.CaptureFixture[str], tmp_path: Path

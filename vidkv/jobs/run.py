@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -16,6 +16,7 @@ import torch
 from vidkv.drift import blank, drift, look
 from vidkv.errors import (
     Cancelled,
+    InputError,
     NumericsError,
     OutputError,
     PromptError,
@@ -34,8 +35,9 @@ from vidkv.pipeline import CausalVideoPipeline
 from vidkv.planning import Plan, load_pipeline, naming_shortage, open_stream, plan, require_room
 from vidkv.prompts import PromptSchedule
 from vidkv.request import EngineSettings, VideoRequest
-from vidkv.rollout import Chunk
+from vidkv.rollout import Chunk, Rollout
 from vidkv.segments import SegmentWriter, partial_video, read_metadata, write_video
+from vidkv.sharing import Pools, PrefixCache
 from vidkv.stream import ChunkRecord, VideoStream
 
 Resume = Literal["exact", "light"]
@@ -78,11 +80,20 @@ class Options:
             bit for bit; `light` keeps latents alone and goes on close to it.
         interval: of the checkpoints.
         partial: leave `NAME.partial.mp4` when a job stops early.
+        concurrent: jobs that a worker makes by turns, of one model and precision.
+        shared_bytes: for beginnings of videos that are remembered, see `sharing.PrefixCache`; 0 for none.
     """
 
     resume: Resume = "exact"
     interval: Interval = field(default_factory=Interval)
     partial: bool = True
+    concurrent: int = 1
+    shared_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("concurrent", 1), ("shared_bytes", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name}={getattr(self, name)}; give at least {least}")
 
 
 class Interrupted(Cancelled):
@@ -131,9 +142,26 @@ class Runner:
             Fenced: another process has the job by now.
             VidkvError: what is wrong, likewise.
         """
+        rolling = self.begin(folder, claim, root, report)
+        for _ in rolling:
+            pass
+        assert rolling.result is not None
+        return rolling.result
+
+    def begin(
+        self, folder: JobFolder, claim: Claim, root: Path, report: Callable[[Progress], None],
+        lost: Callable[[], bool] = lambda: False,
+    ) -> Rolling:  # fmt: skip
+        """Likewise, a chunk each time that it is asked for the next.
+
+        Args:
+            lost: asked beside `stopping`.
+
+        Raises:
+            VidkvError: the job cannot be made as it was submitted.
+        """
         request, settings = folder.request()
         out = root / folder.job()["out"]
-        begun = time.perf_counter()
         # what is loaded still may have to go first, see `pipeline`
         planned = plan(request, settings, fits=False)
         if planned.key != folder.job()["key"]:
@@ -145,13 +173,8 @@ class Runner:
         if steered:
             planned = plan(request.steered(steered), settings, fits=False)
         work = _Work(folder, claim, planned, out, self, key, steered)
-        if work.finished():
-            work.resumed_at = work.committed
-        else:
-            pipe = self.pipeline(planned)
-            claim.check()
-            work.roll(pipe, report)
-        return work.publish() | {"wall_s": round(time.perf_counter() - begun, 3)}
+        work.stopping = lambda: self.stopping() or lost()
+        return Rolling(self, work, report)
 
     def warm_up(self, request: VideoRequest, settings: EngineSettings) -> None:
         """Load the networks of a request and make its first chunk, so that the first job need not wait."""
@@ -182,8 +205,74 @@ class Runner:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             require_room(planned)
-            self._loaded = wanted, load_pipeline(planned)
+            pipe = load_pipeline(planned)
+            if self.options.concurrent > 1 or self.options.shared_bytes:
+                pipe.pools = Pools()
+            if self.options.shared_bytes:
+                # of several jobs a scheduler says how much room there is
+                grow = self.options.concurrent == 1
+                pipe.prefixes = PrefixCache(self.options.shared_bytes, grow=grow)
+            self._loaded = wanted, pipe
         return self._loaded[1]
+
+
+class Rolling(Iterator[int]):
+    """A job in the making: each `next` makes a chunk and gives its index.
+
+    Between two chunks all that is made is safe on the disk.
+
+    Attributes:
+        result: what `result.json` is to say, at the end.
+    """
+
+    def __init__(self, runner: Runner, work: _Work, report: Callable[[Progress], None]) -> None:
+        self._runner, self._work, self._report = runner, work, report
+        self.result: dict[str, Any] | None = None
+        self._begun = time.perf_counter()
+        self.finished = work.finished()
+        self._chunks = self._roll()
+
+    def __next__(self) -> int:
+        return next(self._chunks)
+
+    @property
+    def plan(self) -> Plan:
+        return self._work.plan
+
+    @property
+    def rollout(self) -> Rollout | None:
+        """What it keeps between chunks; None while there is nothing."""
+        return None if self._work.stream is None else self._work.stream.rollout
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether somebody has cancelled it, which else shows when it is its turn."""
+        return self._work.folder.marked("cancel")
+
+    def stop(self, error: Cancelled) -> None:
+        """End it here with this error, as if it had come up in the middle of the next chunk.
+
+        Raises:
+            Cancelled: that error.
+        """
+        if self.rollout is None:
+            # it has not begun, and earlier attempts may have left something to look at
+            self._work.keep_partial("stopped")
+        self._chunks.throw(error)
+
+    def close(self) -> None:
+        """Let go of everything, as if the process had died."""
+        self._chunks.close()
+
+    def _roll(self) -> Generator[int, None, None]:
+        work = self._work
+        if self.finished:
+            work.resumed_at = work.committed
+        else:
+            pipe = self._runner.pipeline(work.plan)
+            work.claim.check()
+            yield from work.roll(pipe, self._report)
+        self.result = work.publish() | {"wall_s": round(time.perf_counter() - self._begun, 3)}
 
 
 class _Work:
@@ -214,6 +303,7 @@ class _Work:
         self.checkpoints = Checkpoints(folder.checkpoints, fence, self.options.interval)
         self.resumed_at: int | None = None
         self.note: str | None = None
+        self.stream: VideoStream | None = None
         self.digest, self.first_look = "", dict[str, float]()
         self._resident: set[int] = set()
 
@@ -231,8 +321,10 @@ class _Work:
             return True
         return whole >= self.plan.chunks
 
-    def roll(self, pipe: CausalVideoPipeline, report: Callable[[Progress], None]) -> None:
-        """Make the chunks that are missing."""
+    def roll(
+        self, pipe: CausalVideoPipeline, report: Callable[[Progress], None]
+    ) -> Generator[int, None, None]:
+        """Make the chunks that are missing; yields the index of each once it is safe."""
         stream = self._resume(pipe)
         process = psutil.Process()
         started, made = time.perf_counter(), 0
@@ -254,6 +346,7 @@ class _Work:
                     self._prune(stream)
                     self._check(chunk.index, -1)
                     self._pause(stream)
+                    yield chunk.index
             self._keep_state(stream)
         except _EnoughMade:
             if not self.committed:
@@ -348,7 +441,7 @@ class _Work:
                 self.digest, self.first_look = head.digest, head.first_look
             else:
                 self.digest, self.first_look = "", {}
-            stream = open_stream(self.plan, pipe, on_step=self._check)
+            stream = self.stream = open_stream(self.plan, pipe, on_step=self._check)
             if not self.committed:
                 return stream
             self.resumed_at = self.committed

@@ -298,12 +298,13 @@ class JobStore(Index):
     # ------------------------------------------------------------------ for workers
 
     def claim_next(
-        self, worker: str, prefer: Callable[[Job], bool] = lambda job: False
+        self, worker: str, prefer: Callable[[Job], bool] = lambda job: False, only: bool = False
     ) -> tuple[Job, Claim] | None:
         """Take the next job that nobody has; None if there is none now.
 
         Args:
             prefer: jobs that come before others, such as those of the model that is loaded.
+            only: leave the others.
         """
         now = time.monotonic()
         ready = self._rows(
@@ -312,6 +313,8 @@ class JobStore(Index):
             now, now + MAX_BACKOFF_S,
         )  # fmt: skip
         for job in sorted(ready, key=lambda job: not prefer(job)):
+            if only and not prefer(job):
+                continue
             folder = self.folder(job)
             try:
                 if not folder.path.is_dir():

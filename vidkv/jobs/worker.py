@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -9,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from vidkv.errors import Cancelled, VidkvError
 from vidkv.jobs.claims import BEAT_S, Claim, Fenced
-from vidkv.jobs.run import Interrupted, Options, Paused, Runner, permanent
+from vidkv.jobs.run import Interrupted, Options, Paused, Progress, Runner, permanent
 from vidkv.jobs.store import Job, JobStore, State
 from vidkv.request import EngineSettings, VideoRequest
 
@@ -68,10 +69,18 @@ class Worker:
         """Do jobs; returns when told to stop or, without `idle`, when all have ended."""
         if self.orders.warm is not None:
             self.runner.warm_up(*self.orders.warm)
+        if self.orders.options.concurrent > 1:
+            from vidkv.jobs.turns import Turns
+
+            with Turns(self) as turns:
+                self._work(turns.step)
+        else:
+            self._work(self._do_next)
+
+    def _work(self, act: Callable[[], bool]) -> None:
+        """Act until told to stop, or there is nothing to do; `act` says whether it found anything."""
         while not self.stopping():
-            taken = self.store.claim_next(self.orders.worker, self._loaded)
-            if taken is not None:
-                self.do(*taken)
+            if act():
                 continue
             # jobs that this worker had to leave as they were
             self.store.recover([self.orders.worker])
@@ -80,31 +89,42 @@ class Worker:
                 return
             time.sleep(IDLE_S)
 
+    def _do_next(self) -> bool:
+        taken = self.store.claim_next(self.orders.worker, self.has_loaded)
+        if taken is not None:
+            self.do(*taken)
+        return taken is not None
+
     def do(self, job: Job, claim: Claim) -> None:
         """Run one job and say what became of it."""
         self.lost.clear()
-        over = threading.Event()
-        beating = threading.Thread(target=self._beat, args=(claim, over), daemon=True)
-        beating.start()
+        folder, report = self.store.folder(job), self.reporting(job)
+        with heartbeat(claim, self.lost):
+            self.settle(job, claim, lambda: self.runner.run(folder, claim, self.store.root, report))
+
+    def reporting(self, job: Job) -> Callable[[Progress], None]:
+        """What is to be told of a job's progress."""
+        return lambda progress: self.store.report(job.id, progress)
+
+    def settle(self, job: Job, claim: Claim, act: Callable[[], dict[str, Any]]) -> None:
+        """Say what became of a job.
+
+        Args:
+            act: gives its result, or raises what it ended in.
+        """
         try:
-            self._do(job, claim)
+            self._settle(job, claim, act)
         except Fenced as error:
             LOG.warning("%s", error)
         except VidkvError as error:
             # nothing can be written: the job stays as it is, and whoever recovers finds it so
             LOG.warning("%s: %s", job.id, error)
             time.sleep(IDLE_S)
-        finally:
-            over.set()
-            beating.join()
-            claim.release()
 
-    def _do(self, job: Job, claim: Claim) -> None:
-        folder = self.store.folder(job)
+    def _settle(self, job: Job, claim: Claim, act: Callable[[], dict[str, Any]]) -> None:
         # what becomes of a job is for its holder to say: each of these looks whether that is still this one
         try:
-            result = self.runner.run(folder, claim, self.store.root, lambda p: self.store.report(job.id, p))
-            self.store.finish(job, result)
+            self.store.finish(job, act())
         except Fenced:
             raise
         except Interrupted:
@@ -129,18 +149,38 @@ class Worker:
         else:
             self.store.put_back(job, text, self.orders.retries)
 
-    def _beat(self, claim: Claim, over: threading.Event) -> None:
-        while not over.wait(BEAT_S):
-            try:
-                claim.beat()
-            except Fenced:
-                self.lost.set()
-                return
-            except VidkvError as error:
-                LOG.warning("%s", error)
-
-    def _loaded(self, job: Job) -> bool:
+    def has_loaded(self, job: Job) -> bool:
+        """Whether a job needs no other networks than those that are loaded."""
         return self.runner.has_loaded(str(job.request.get("model", "bounce")), job.settings)
+
+
+@contextlib.contextmanager
+def heartbeat(claim: Claim, lost: threading.Event) -> Iterator[None]:
+    """Hold a claim while inside, and let go of it.
+
+    Args:
+        lost: set where another process has taken it over.
+    """
+    over = threading.Event()
+    beating = threading.Thread(target=_beat, args=(claim, over, lost), daemon=True)
+    beating.start()
+    try:
+        yield
+    finally:
+        over.set()
+        beating.join()
+        claim.release()
+
+
+def _beat(claim: Claim, over: threading.Event, lost: threading.Event) -> None:
+    while not over.wait(BEAT_S):
+        try:
+            claim.beat()
+        except Fenced:
+            lost.set()
+            return
+        except VidkvError as error:
+            LOG.warning("%s", error)
 
 
 def process_main(orders: Orders) -> None:
