@@ -105,7 +105,7 @@ class Snapshot:
         yield from (self.frames,) if self.frames is not None else ()
         yield from (*self.window_latents.values(), *self.context_frames.values())
         yield from (*self.noise[0].values(), *(self.decoder or {}).values())
-        yield from (cache.key_mean for cache in self.caches if cache.key_mean is not None)
+        yield from (tensor for cache in self.caches for tensor in cache.tensors())
 
     def close(self) -> None:
         """Let go of the pages."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
+from collections.abc import Iterator
+
+from torch import Tensor
 
 from vidkv.cache.kv_cache import KVCache, Page, State
 from vidkv.cache.pool import PagePool
@@ -28,7 +32,8 @@ class CacheSnapshot:
             raise CacheStateError(f"the cache is {cache.state.value}, a snapshot needs it idle")
         self.spec, self.geometry, self.pools = cache.spec, cache.geometry, cache.pools
         self.layout, self.table = cache.layout.copy(), dict(cache.table)
-        self.key_mean = None if cache.key_mean is None else cache.key_mean.clone()
+        self.means = {name: mean.clone() for name, mean in cache.means.items()}
+        self.evidence = copy.deepcopy(cache.evidence)
         self._mean_frozen, self._serial = cache._mean_frozen, cache._serial
         for page in self.table.values():
             self.pools[page.pool].retain(page.slot)
@@ -38,6 +43,12 @@ class CacheSnapshot:
     def places(self) -> set[tuple[PagePool, int]]:
         """Pool and slot of every page."""
         return {(self.pools[page.pool], page.slot) for page in self.table.values()}
+
+    def tensors(self) -> Iterator[Tensor]:
+        """What it keeps beside pages."""
+        yield from self.means.values()
+        if self.evidence:
+            yield from (self.evidence.keys, self.evidence.queries)
 
     def fits(self, cache: KVCache) -> bool:
         """Whether `give` can make that cache this one: the same kind, on the same pools."""
@@ -58,8 +69,9 @@ class CacheSnapshot:
         _release(cache.pools, cache.table)
         cache.table.update(self.table)
         cache.layout = self.layout.copy()
-        if cache.key_mean is not None and self.key_mean is not None:
-            cache.key_mean.copy_(self.key_mean)
+        for name, mean in self.means.items():
+            cache.means[name].copy_(mean)
+        cache.evidence = copy.deepcopy(self.evidence)
         cache._mean_frozen, cache._serial = self._mean_frozen, self._serial
 
 
