@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from vidkv.cache import CacheGeometry, CacheSpec
-from vidkv.cache.kv_cache import planned_pools
 from vidkv.cache.pool import PagePool
+from vidkv.cache.tiers import planned_pools
 from vidkv.errors import InputError
 from vidkv.models.lora import fingerprint
 from vidkv.models.wan import Block, CausalWanTransformer3DModel, TextContext

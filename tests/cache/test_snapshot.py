@@ -33,7 +33,10 @@ def held(cache: KVCache) -> int:
     return sum(sum(pool.references) for pool in cache.pools.values())
 
 
-@pytest.mark.parametrize("spec", ["fp32,window=9,sink=2", INT8])
+SELECTED = "int4,hadamard=false,keyframe,window=14,sink=2,select=9,policy=h2o"
+
+
+@pytest.mark.parametrize("spec", ["fp32,window=9,sink=2", INT8, SELECTED])
 def test_a_cache_stands_where_it_was_taken(spec: str) -> None:
     """After the other has moved on over all of its pages, as far as there was room promised."""
     rollout = rollout_after(3, spec)
