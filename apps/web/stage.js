@@ -666,21 +666,25 @@ export class VidkvStage extends HTMLElement {
     const shown = resident.length > MOST_PAGES
       ? [...resident.slice(0, sinks.size), ...resident.slice(sinks.size - MOST_PAGES)] : resident;
     const newest = entry.frames && resident.length ? newestOf(resident) : new Set();
+    const formats = new Map(resident.map((frame, i) => [frame, entry.formats?.[i] ?? entry.format]));
     parts.pages.replaceChildren(
       ...shown.map((frame) => h("i", { "data-kind": sinks.has(frame) ? "sink" : newest.has(frame) ? "new" : "window",
-        title: `latent frame ${frame}, ${entry.format}` })),
+        title: `latent frame ${frame}, ${formats.get(frame)}` })),
       ...(entry.evicted ?? []).slice(-6).map((frame) => h("i", { "data-kind": "gone", title: `latent frame ${frame} has left` })));
-    const span = resident.length ? `${resident.length} latent frames in ${entry.format}` : "empty";
+    const kinds = [...new Set(formats.values())].map((kind) => [kind, resident.filter((frame) => formats.get(frame) === kind).length]);
+    const held = kinds.length > 1 ? kinds.map(([kind, count]) => `${count} in ${kind}`).join(", ") : `as ${entry.format}`;
+    const span = resident.length ? `${resident.length} latent frames, ${held}` : "empty";
     parts.pages.setAttribute("aria-label", `${span}, ${sinks.size} of them sinks`);
     const gone = entry.evicted ?? [];
-    parts.cacheText.textContent = `${sinks.size} sinks and ${resident.length - sinks.size} recent frames as ${entry.format}. ` +
+    parts.cacheText.textContent = `${sinks.size} sinks and ${resident.length - sinks.size} other frames, ${held}. ` +
       (gone.length ? `Frame${gone.length > 1 ? "s" : ""} ${range(gone)} left with this chunk: the window is full.`
         : "Nothing had to leave yet.");
     parts.mass.hidden = !entry.mass;
     if (entry.mass) {
       const most = Math.max(...entry.mass, 1e-9);
-      parts.mass.replaceChildren(...entry.mass.slice(0, MOST_PAGES).map((share) =>
-        h("i", { style: `opacity:${(0.08 + (0.92 * share) / most).toFixed(3)}`, title: `${(100 * share).toFixed(1)} % of the attention` })));
+      const shares = new Map(resident.map((frame, i) => [frame, entry.mass[i]]));
+      parts.mass.replaceChildren(...shown.map((frame) => h("i", { style: `opacity:${(0.08 + (0.92 * shares.get(frame)) / most).toFixed(3)}`,
+        title: `latent frame ${frame}: ${(100 * shares.get(frame)).toFixed(1)} % of the attention` })));
     }
     numbers(parts.cacheBytes, [
       ["Used", bytes(entry.kv_bytes)],

@@ -501,6 +501,23 @@ class TestLog:
         assert (first + rest)[2]["evicted"] == [2, 3, 4] and (first + rest)[0]["evicted"] == []
         assert {line["prompt"] for line in first + rest} == {PROMPT}
 
+    def test_pages_by_format_and_what_they_get_of_the_attention(self, bench: Bench) -> None:
+        cache = "int8,window=12,sink=2,policy=snapkv,newer=bf16:3"
+        job = keep(bench, cache=cache)
+        finish(bench, job)
+        lines, _ = bench.store.folder(job).read_log()
+        for line in lines:
+            newest = line["resident"][-3:]
+            assert line["formats"] == ["bf16" if f in newest else "int8" for f in line["resident"]]
+        assert lines[0]["mass"] is None
+        for line in lines[1:]:
+            # what came with this chunk nobody has read yet
+            assert line["mass"][-3:] == [0, 0, 0] and all(share > 0 for share in line["mass"][:-3])
+            assert len(line["mass"]) == len(line["resident"]) and sum(line["mass"]) < 1
+        plain = keep(bench, "plain")
+        finish(bench, plain)
+        assert all(line["mass"] is None for line in bench.store.folder(plain).read_log()[0])
+
     def test_half_a_line_waits_for_its_other_half(self, bench: Bench) -> None:
         folder = bench.store.folder(keep(bench))
         folder.note({"chunk": 0})

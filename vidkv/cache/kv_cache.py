@@ -177,6 +177,12 @@ class KVCache:
         """Bytes of one committed latent frame over all layers, in the format of the spec."""
         return self.plan["pages"][0].bytes_per_page() * self.geometry.layers
 
+    def format_of(self, frame: int) -> str:
+        """Name of the format in which a resident frame lies."""
+        pool = self.table[frame].pool
+        plain = "fp32" if self.dtype == torch.float32 else "bf16"
+        return {"pages": self.spec.format, "full": plain}.get(pool, pool)
+
     def begin(self, frames: int, at_once: bool = False) -> OpenChunk:
         """Open the next chunk; from here on what it reads is fixed.
 
@@ -419,7 +425,7 @@ class KVCache:
         self.layout.resident = tuple(frame for frame, _ in header["resident"])
         self.layout.sinks = tuple(header["sinks"])
         self.layout.next_frame = header["next_frame"]
-        scores = zip(self.layout.resident, header["scores"], strict=True)
+        scores = zip(self.layout.resident, _scores(header), strict=True)
         self.layout.scores = {frame: score for frame, score in scores if score is not None}
         if self.evidence:
             self.evidence.rows = {}
@@ -474,7 +480,7 @@ class KVCache:
             shape = tuple(self.evidence.queries.shape)
             check_tensor(tensors, "evidence.keys", (len(resident), *shape), torch.float16)
             check_tensor(tensors, "evidence.queries", shape, torch.float32)
-        scores = entry(header, "scores", list)
+        scores = _scores(header)
         if len(scores) != len(resident) or any(type(x) not in (float, type(None)) for x in scores):
             raise StateError(f"the saved scores are {scores!s:.60}, not {len(resident)} numbers")
 
@@ -615,6 +621,11 @@ class KVCache:
         self._mean_frozen = True
         self.state = State.IDLE
         self._forget_chunk()
+
+
+def _scores(header: Mapping[str, Any]) -> list[float | None]:
+    """Of resident frames; states from before there were any say nothing of them."""
+    return entry(header, "scores", list) if "scores" in header else [None] * len(header["resident"])
 
 
 def _give_back(pools: dict[str, PagePool], table: dict[int, Page], room: dict[str, int]) -> None:

@@ -39,7 +39,8 @@ class Layout:
 
     Attributes:
         resident, sinks: frames, ascending.
-        scores: of resident frames, by the policy from what chunks attended to.
+        mass: of resident frames, their share of the last chunk's attention where the policy goes by it.
+        scores: likewise, what the policy makes of the shares of all chunks.
         readable: most of them that a chunk reads.
     """
 
@@ -49,6 +50,7 @@ class Layout:
         self.policy = POLICIES[spec.policy]()
         self.readable = spec.attended - chunk_frames
         self.scores: dict[int, float] = {}
+        self.mass: dict[int, float] = {}
         self.resident: tuple[int, ...] = ()
         self.sinks: tuple[int, ...] = ()
         self.next_frame = 0
@@ -115,6 +117,7 @@ class Layout:
         self.resident, self.sinks, self.opened = kept, sinks, None
         for frame, share in (mass or {}).items():
             self.scores[frame] = self.policy.observe(self.scores.get(frame, 0.0), share)
+        self.mass = {frame: share for frame, share in (mass or {}).items() if frame in kept}
         self.scores = {frame: score for frame, score in self.scores.items() if frame in kept}
 
     def forget(self, frames: Collection[int]) -> None:
@@ -133,5 +136,5 @@ class Layout:
         """An independent layout in the same state."""
         other = Layout(self.spec, self.chunk_frames)
         other.resident, other.sinks, other.next_frame = self.resident, self.sinks, self.next_frame
-        other.scores = dict(self.scores)
+        other.scores, other.mass = dict(self.scores), dict(self.mass)
         return other

@@ -550,7 +550,8 @@ class _Work:
 
     def _log(self, chunk: Chunk, stream: VideoStream, progress: Progress, evicted: list[int]) -> None:
         """A line for those who watch."""
-        stats, layout = chunk.stats, stream.rollout.cache.layout
+        stats, cache = chunk.stats, stream.rollout.cache
+        layout = cache.layout
         second = pixel_frames(chunk.start_frame) / self.plan.entry.fps
         self.folder.note(
             {
@@ -569,8 +570,10 @@ class _Work:
                 "resident": list(layout.resident),
                 "sinks": list(layout.sinks),
                 "evicted": evicted,
-                "format": stream.rollout.cache.spec.format,
-                "policy": stream.rollout.cache.spec.policy,
+                "format": cache.spec.format,
+                "formats": [cache.format_of(frame) for frame in layout.resident],
+                "policy": cache.spec.policy,
+                "mass": [round(layout.mass.get(f, 0.0), 5) for f in layout.resident] if layout.mass else None,
                 "drift": progress.drift,
                 "blank": progress.blank,
                 "prompt": stream.prompts[0].at(second),
