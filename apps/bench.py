@@ -131,7 +131,7 @@ def _start(model: str, format: str, device: str) -> Rollout:
 
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     pipe = CausalVideoPipeline.from_pretrained(model, dtype=dtype).to(device)
-    spec = CacheSpec.of(pipe.default_cache().model_dump() | {"format": format})
+    spec = CacheSpec.of(pipe.default_cache().model_dump(exclude_unset=True) | {"format": format})
     rollout = pipe.rollout(cache=spec)
     pipe.set_prompt(rollout, [PROMPT])
     return rollout

@@ -142,7 +142,7 @@ def evaluate_world(
     chunks = chunks or (QUICK_CHUNKS if quick else CHUNKS)
     world = WORLDS[grammar.removeprefix("bounce:")]
     spec = pipe.default_cache()
-    lossy = CacheSpec.of(spec.model_dump() | {"format": kv_format})
+    lossy = CacheSpec.of(spec.model_dump(exclude_unset=True) | {"format": kv_format})
     work = tasks(rollouts, world, chunks)
     plain = _roll(pipe, work, chunks, spec, tell, "unquantized")
     coded = _roll(pipe, work, chunks, lossy, tell, kv_format)

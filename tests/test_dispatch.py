@@ -31,6 +31,8 @@ ON_THE_CPU = ReadPath("two-pass", backend="cpu")
 
 needs_triton = pytest.mark.skipif(not triton, reason="triton is not installed")
 
+FUSED = [name for name, format in FORMATS.items() if format.fused]
+
 
 @pytest.fixture(autouse=True)
 def untouched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -89,7 +91,7 @@ class TestForced:
         monkeypatch.setenv(dispatch.FORCE, "fused")
         assert chosen() == ReadPath("fused", tile=SMALL)
 
-    @pytest.mark.parametrize("format", FORMATS)
+    @pytest.mark.parametrize("format", FUSED)
     def test_reference_end_to_end(self, format: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """The same video at float64, to float32's precision; bits of its own."""
         latents = []
@@ -119,7 +121,7 @@ class TestObstacles:
         monkeypatch.setattr(jit, "interpreted", lambda: True)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-    @pytest.mark.parametrize("format", [*FORMATS, "int8,keep_newest,keep_sinks,value_scale=channel"])
+    @pytest.mark.parametrize("format", [*FUSED, "int8,keep_newest,keep_sinks,value_scale=channel"])
     @pytest.mark.parametrize("head_dim", HEAD_DIMS)
     def test_none(self, head_dim: int, format: str, dtype: torch.dtype) -> None:
         spec = CacheSpec.parse(f"{format},window=9,sink=2")
@@ -141,7 +143,21 @@ class TestObstacles:
         format = FORMATS[unread.lower()]
         monkeypatch.setattr(format, "fused", False)
         obstacle = fused_obstacle(spec, GEOMETRY, CPU, torch.bfloat16)
-        assert obstacle and "int8 pages" in obstacle
+        assert obstacle and "does not know pages of int8" in obstacle
+
+    @pytest.mark.parametrize(
+        ("spec", "words"),
+        [
+            ("int4,hadamard=false", "does not know pages of int4"),
+            ("int8,newer=k8v4:3,hadamard=false", "does not know pages of int8"),
+            ("int8,keep_tokens=0.5", "all their tokens"),
+            ("int8,newer=bf16:1+fp32:1", "one coded format and one plain one"),
+        ],
+    )
+    def test_pages_that_it_was_not_made_for(self, spec: str, words: str) -> None:
+        whole = CacheSpec.parse(f"{spec},window=9,sink=2")
+        obstacle = fused_obstacle(whole, replace(GEOMETRY, head_dim=64), CPU, torch.float32)
+        assert obstacle and words in obstacle
 
     def test_without_the_interpreter(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(jit, "interpreted", lambda: False)

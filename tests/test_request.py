@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from vidkv.cache.formats import FORMATS
 from vidkv.errors import InputError
 from vidkv.request import (
     STRICT_JSON,
@@ -122,7 +123,7 @@ class TestCache:
     @pytest.mark.parametrize(
         ("cache", "message"),
         [
-            ("int9", "cache='int9': cache format 'int9' is unknown; formats are fp32, bf16, int8"),
+            ("int9", "cache='int9': cache format 'int9' is unknown; formats are " + ", ".join(FORMATS)),
             (
                 {"format": ["int8"]},
                 "cache={'format': ['int8']}: setting 'format'=['int8']: give a text or a number",

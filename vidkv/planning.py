@@ -111,7 +111,7 @@ class Plan:
             "frames": self.frames,
             "size": self.size,
             "seed": request.seed,
-            "cache": self.spec.model_dump(),
+            "cache": self.spec.identity,
             "steps": request.steps,
             "guidance": request.guidance,
             "negative": request.negative,

@@ -23,7 +23,7 @@ from vidkv.kernels.tiles import good_tiles, tile_space
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs triton, which is not installed"
 )
-KERNELS = {"fused", "turn", "commit", "decode", "rotate", "merge"}
+KERNELS = {"encode", "fused", "turn", "commit", "decode", "rotate", "merge"}
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -48,8 +48,9 @@ print(json.dumps(dataclasses.asdict(row)))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", SHARED_BYTES)
+@pytest.mark.parametrize("arch", ["sm_90"])
 def test_every_kernel_holds(arch: str) -> None:
+    """Of one architecture: `make kernels` holds all of them to the same, and it takes minutes."""
     done = python("-m", "vidkv.apps.cli", "bench", "kernels", "--arch", arch, "--json")
     assert done.stdout, done.stderr
     report = json.loads(done.stdout)

@@ -111,6 +111,16 @@ class TestAgainstThePages:
             assert word in str(caught.value)
 
 
+def test_a_new_setting_changes_no_identity() -> None:
+    """Jobs are named by it: these are the settings of 0.5."""
+    assert CacheSpec.parse("int8,window=9").identity == {
+        "format": "int8", "window": 9, "sink": 3, "policy": "sink_window", "positions": "relative",
+        "keep_newest": False, "keep_sinks": False, "value_scale": "token", "segment": 6,
+    }  # fmt: skip
+    assert CacheSpec.parse("int4").identity["newer"] == "int8:3"
+    assert CacheSpec.parse("int8,select=9").identity != CacheSpec.parse("int8").identity
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("text", "words"),

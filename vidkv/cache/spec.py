@@ -10,6 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from vidkv.errors import CacheSpecError
 
+FIRST = (
+    "format", "window", "sink", "policy", "positions", "keep_newest", "keep_sinks", "value_scale", "segment",
+)  # fmt: skip
+"""Settings that every `identity` has."""
 BELOW_EIGHT_BITS = {"keep_sinks": True, "newer": "int8:3"}
 """Defaults of formats with fewer. Eight bits for sinks and the newest were as good as sixteen in the embedded
 world (`vidkv eval cache`), at half the bytes."""
@@ -137,6 +141,13 @@ class CacheSpec(BaseModel):
         if name in BELOW_EIGHT_BITS and _is_narrow(self.format):
             return BELOW_EIGHT_BITS[name]
         return type(self).model_fields[name].default
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Settings as they go into a hash: later ones only where they are not the default, so that a new one
+        changes no name of what was made before it."""
+        fields = type(self).model_fields
+        return {k: v for k, v in self.model_dump().items() if k in FIRST or v != fields[k].default}
 
     @property
     def tiers(self) -> list[tuple[str, int]]:
