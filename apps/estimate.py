@@ -143,6 +143,9 @@ def render(report: dict[str, Any]) -> Group:
     parts.add_row("peak", gigabytes(report["peak_bytes"]), style="bold")
     if report["host_bytes"]:
         parts.add_row("waiting on the host", gigabytes(report["host_bytes"]))
+    for where in ("host", "disk"):
+        if report[f"kv_{where}_bytes"]:
+            parts.add_row(f"pages on the {where}", gigabytes(report[f"kv_{where}_bytes"]))
     verdicts = [
         Text(f"fits on {v['where']}, where {gigabytes(v['available_bytes'])} can be used")
         if v["fits"]

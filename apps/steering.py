@@ -204,7 +204,8 @@ def estimate(service: Service, request: VideoRequest) -> Estimate:
     verdict = f"Fits: {gigabytes(need)} of {card} at the peak"
     if free is not None:
         verdict += f", {gigabytes(free)} are free"
-    geometry_bytes = planned.memory.kv_bytes // max(1, planned.spec.capacity(planned.entry.chunk_frames))
+    kept = planned.memory.kv_host_bytes or planned.memory.kv_bytes
+    geometry_bytes = kept // max(1, planned.spec.capacity(planned.entry.chunk_frames))
     return Estimate(
         ok=True, verdict=verdict, device=planned.device, chunks=planned.chunks, frames=planned.frames,
         kv_bytes=planned.memory.kv_bytes + planned.memory.negative_kv_bytes, bytes_per_frame=geometry_bytes,

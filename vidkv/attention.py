@@ -180,12 +180,15 @@ class CachedAttention:
                 (segment, [temporal_phases(g.head_dim, run.offsets) for run in segment])
                 for segment in (self._single_pages() if self.scoring else cache.segments)
             ]
+            cache.expect([segment for segment, _ in self.segments], again=not commit)
 
     @property
     def steady(self) -> bool:
-        """Whether the window is full: from here on every chunk reads as many pages."""
+        """Whether the window is full: from here on every chunk reads as many pages, all on the device."""
         opened = self.cache.opened
         layout = self.cache.layout
+        if self.cache.staged:
+            return False
         return opened is not None and len(opened.history) == min(layout.readable, layout.capacity)
 
     def _single_pages(self) -> list[Segment]:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from vidkv.attention import CachedAttention
 from vidkv.cache import CacheGeometry, CacheSpec, KVCache
+from vidkv.cache.offload import planned_places
 from vidkv.cache.tiers import planned_pools
 from vidkv.errors import InputError, StateError
 from vidkv.kernels import jit
@@ -125,6 +126,9 @@ def fused_obstacle(
         return f"the fused read does not know pages of {spec}"
     if any(format.tokens != geometry.tokens for format in formats):
         return "the fused read takes pages with all their tokens"
+    places = planned_places(spec, geometry, dtype)
+    if places is not None and places.staged:
+        return f"the fused read takes pages on the device; device_gb={spec.device_gb:g} is less than it reads"
     if len({format.uses_key_mean for format in formats}) < len(formats):
         return f"the fused read takes pages of one coded format and one plain one, not those of {spec}"
     return None

@@ -20,6 +20,7 @@ from torch import nn
 from vidkv.activations import decode_activations, pass_activations, text_activations
 from vidkv.cache import CacheGeometry, CacheSpec, planned_bytes
 from vidkv.cache.formats import FORMATS
+from vidkv.cache.offload import planned_places
 from vidkv.cache.tiers import planned_pools
 from vidkv.errors import InputError, ResourceError
 from vidkv.models.checkpoints.empty import empty_weights
@@ -135,6 +136,8 @@ class MemoryPlan:
         text_activation_bytes, decode_activation_bytes: the same of the text encoder and the decoder.
         encode_bytes, rollout_bytes, decode_bytes: on the device at most in each phase.
         host_bytes: weights that wait in the host's memory for their turn.
+        kv_host_bytes, kv_disk_bytes: pages of all caches that may leave the device, in the host's memory and
+            at most on disk.
         settings: what was planned; None for a plan of loaded networks.
     """
 
@@ -153,10 +156,16 @@ class MemoryPlan:
     rollout_bytes: int
     decode_bytes: int
     host_bytes: int
+    kv_host_bytes: int
+    kv_disk_bytes: int
     settings: MemorySettings | None = field(default=None, compare=False, repr=False)
 
     def as_dict(self) -> dict[str, int]:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "settings"}
+
+    def need_bytes(self, device: str) -> int:
+        """Of a device's memory at most; that of a CPU holds the host's pages too."""
+        return self.peak_bytes + (self.kv_host_bytes if device.startswith("cpu") else 0)
 
     @property
     def phases(self) -> dict[str, int]:
@@ -298,7 +307,8 @@ def check_fits(
     Raises:
         ResourceError: it needs more than there is.
     """
-    if available is None or plan.peak_bytes <= available:
+    need = plan.need_bytes(device)
+    if available is None or need <= available:
         return
     phase = max(plan.phases, key=lambda name: plan.phases[name])
     vae, work = plan.vae_bytes, plan.decode_activation_bytes if phase == "decode" else plan.activation_bytes
@@ -310,7 +320,7 @@ def check_fits(
             f"intermediates {gigabytes(work)}"
         )
     message = (
-        f"the video needs {gigabytes(plan.peak_bytes)} of memory on {device} ({phase}: {about}), "
+        f"the video needs {gigabytes(need)} of memory on {device} ({phase}: {about}), "
         f"{gigabytes(available)} can be used"
     )
     if plan.settings is None:
@@ -526,7 +536,7 @@ def _plan(
     if placement not in PLACEMENTS:
         raise InputError(f"placement={placement!r:.60}; choose {', '.join(PLACEMENTS)}")
     work = parts.activations
-    kv = planned_bytes(spec, geometry, dtype)
+    kv, places = planned_bytes(spec, geometry, dtype), planned_places(spec, geometry, dtype)
     reading = work.attention + read_bytes(config.num_attention_heads, spec, geometry, dtype)
     activation = max(work.transformer + work.cast, reading)
     whole = placement == "resident"
@@ -559,6 +569,8 @@ def _plan(
         rollout_bytes=rollout,
         decode_bytes=decode,
         host_bytes=host,
+        kv_host_bytes=caches * places.host_bytes if places else 0,
+        kv_disk_bytes=caches * places.disk_bytes if places else 0,
         settings=settings,
     )
 

@@ -66,7 +66,7 @@ class Plan:
     @property
     def need_bytes(self) -> int:
         """Memory of the device at the peak."""
-        return self.memory.peak_bytes
+        return self.memory.need_bytes(self.device)
 
     @property
     def first_chunk_frames(self) -> int | None:

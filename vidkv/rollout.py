@@ -38,11 +38,14 @@ class ChunkStats:
 
     Attributes:
         denoise_s, commit_s, decode_s: seconds of the denoising steps, the clean pass and the decoder.
-        kv_bytes: bytes of the cache.
+        kv_bytes: bytes of the cache on the device.
         bytes_per_frame: bytes of one committed latent frame over all layers.
         resident_frames: latent frames in the cache after this chunk.
         pages_read: pages decoded for reading, over all layers and passes; of these `lossy_pages_read`
             came from a quantized format.
+        kv_host_bytes, kv_disk_bytes: bytes of pages that may leave the device, in the host's memory and on
+            disk.
+        kv_moved_bytes: bytes of pages that have come from the host since the chunk before.
     """
 
     denoise_s: float
@@ -53,6 +56,9 @@ class ChunkStats:
     resident_frames: int
     pages_read: int
     lossy_pages_read: int
+    kv_host_bytes: int = 0
+    kv_disk_bytes: int = 0
+    kv_moved_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -203,7 +209,7 @@ class Rollout:
         geometry = CacheGeometry.of_model(transformer.config, height, width, chunk_frames, len(self.seeds))
         heads = transformer.config.num_attention_heads
         self.path = path or choose_path(spec, geometry, heads, self.device, self.dtype)
-        self._pools = pools
+        self._pools, self._moved_bytes = pools, 0
         self.cache = cache or KVCache(spec, geometry, self.device, self.dtype, pools)
         self.negative_cache: KVCache | None = None
         if schedule.guidance != 1 and cache is None:
@@ -226,6 +232,11 @@ class Rollout:
     def next_chunk_frames(self) -> int:
         """Latent frames of the next chunk."""
         return self.chunk_frames if self.chunk else self.first_chunk_frames
+
+    @property
+    def shares_pools(self) -> bool:
+        """Whether its pages lie beside those of other rollouts."""
+        return self._pools is not None
 
     @property
     def kv_bytes(self) -> int:
@@ -691,6 +702,7 @@ class Rollout:
 
     def pages(self) -> dict[str, tuple[KVCache, int]]:
         """Resident pages by a name that is never given to other bytes: the cache and the latent frame."""
+        self._forget_lost()
         return {
             f"{name}.{cache.table[frame].serial}": (cache, frame)
             for name, cache in zip(CACHES, self._caches(), strict=False)
@@ -705,6 +717,7 @@ class Rollout:
         Args:
             pages: False leaves them out, for those who keep them by name (`pages`).
         """
+        self._forget_lost()
         tensors: dict[str, Tensor] = {}
         headers: dict[str, Any] = {}
         for name, cache in zip(CACHES, self._caches(), strict=False):
@@ -808,7 +821,16 @@ class Rollout:
             resident_frames=len(self.cache.table),
             pages_read=self.cache.pages_read - read_before[0],
             lossy_pages_read=self.cache.lossy_pages_read - read_before[1],
+            kv_host_bytes=sum(cache.host_nbytes for cache in self._caches()),
+            kv_disk_bytes=sum(cache.disk_nbytes for cache in self._caches()),
+            kv_moved_bytes=self._moved(),
         )
+
+    def _moved(self) -> int:
+        """Bytes of pages that have come from the host since this was asked last."""
+        total = sum(cache.bytes_moved for cache in self._caches())
+        moved, self._moved_bytes = total - self._moved_bytes, total
+        return max(0, moved)
 
     @torch.no_grad()
     def _text(self, text: TextContext | Tensor) -> TextContext:
@@ -869,7 +891,9 @@ class Rollout:
         else:
             self._clean_pass(latents)
         for i in range(frames):
-            self.window_latents[start + i] = latents[:, i].clone()
+            kept = latents[:, i].clone()
+            # a history that has no room on the device needs none there for its latents
+            self.window_latents[start + i] = kept.cpu() if self.cache.spec.device_gb else kept
         self._drop_latents()
         self.chunk += 1
         self.revision += 1
@@ -879,6 +903,12 @@ class Rollout:
         """A chunk of the way from one prompt to another is done."""
         if self._transition is not None and self._transition.advance():
             self.text, self._transition = self._transition.after, None
+
+    def _forget_lost(self) -> None:
+        """Drop frames that a disk could not keep, and their latents."""
+        for cache in self._caches():
+            cache.forget_lost()
+        self._drop_latents()
 
     def _drop_latents(self) -> None:
         """Keep the clean latents of resident frames and of the window."""
@@ -934,7 +964,7 @@ class Rollout:
         pixels = self.context_frames.get(frame)
         if frame == first and frame > 0 and pixels is not None and self.context_encoder:
             return self.context_encoder(pixels).to(self.device, self.dtype)
-        return self.window_latents[frame]
+        return self.window_latents[frame].to(self.device)
 
     def _await_decoder(self) -> None:
         """Until the second stream is done with the decoder's memory."""

@@ -305,12 +305,15 @@ class Scheduler(Generic[T]):
         pools = self.pools.nbytes_without(promised or {})
         return pools + sum(need.beside_bytes for need in there) + passing
 
-    def _prepare(self, entry: Entry[T]) -> PoolSet:
+    def _prepare(self, entry: Entry[T]) -> PoolSet | None:
         """The pools of a video's kind; new ones have room for all of the kind, as far as the budget goes.
+        None for a kind whose pages may leave the device.
 
         What is left of the budget then may be used for what is remembered.
         """
         need, one = entry.need, pages_bytes(*entry.need.kind)
+        if need.spec.device_gb:
+            return None
         caches = sum(other.need.caches for other in self._entries if other.need.kind == need.kind)
         spare = self.prefixes.budget_bytes if self.prefixes is not None else 0
         if self.budget_bytes is not None:

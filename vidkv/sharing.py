@@ -93,6 +93,8 @@ class Pools:
         Args:
             promised: promises that are taken back before.
         """
+        if spec.device_gb:
+            return 0
         self.trim()
         promised = promised or {}
         pools, total = self._sets.get(kind_of(spec, geometry, device, dtype), {}), 0
@@ -131,7 +133,9 @@ def kind_of(
 def pages_bytes(
     spec: CacheSpec, geometry: CacheGeometry, device: torch.device | str, dtype: torch.dtype
 ) -> int:
-    """Bytes of one cache's pages."""
+    """Bytes of one cache's pages in common pools; one that may leave the device has pools of its own."""
+    if spec.device_gb:
+        return 0
     pools = planned_pools(spec, geometry, dtype).values()
     return sum(format.bytes_per_page() * geometry.layers * slots for format, slots in pools)
 

@@ -211,6 +211,7 @@ class VideoStream(Iterator[Chunk]):
     def _begin(self) -> Opening | None:
         """The key of what comes, where it can be shared: from the beginning on, and made by nobody's hand."""
         shared = self.pipe.prefixes is not None and self.edit is None and not self.overlap
+        shared = shared and self.rollout.shares_pools
         return Opening(self.pipe, self.rollout) if shared and self.rollout.chunk == 0 else None
 
     def _next_key(self, given: Tensor | None, noise: Tensor | None = None) -> str | None:

@@ -172,7 +172,8 @@ def assert_reads(cache: KVCache, oracle: Oracle) -> None:
     assert all(size == cache.spec.segment for size in sizes[:-1])
     offsets = [position - first for position in positions]
     assert [o for segment in cache.segments for run in segment for o in run.offsets.tolist()] == offsets
-    assert sorted(o for run in cache.history for o in run.offsets.tolist()) == offsets
+    if not any(run.waiting for segment in cache.segments for run in segment):
+        assert sorted(o for run in cache.history for o in run.offsets.tolist()) == offsets
     for layer in range(cache.geometry.layers):
         found = read_all(cache, layer)
         if not oracle.frames:
@@ -188,6 +189,9 @@ def step(cache: KVCache, oracle: Oracle, frames: int, seed: int) -> None:
     """One chunk: compare what is read, while denoising and again in the clean pass, and commit."""
     keys, values = chunk_tensors(cache.geometry, frames, seed, cache.dtype)
     cache.begin(frames)
+    # said by some, as `CachedAttention` does, and not by others
+    if seed % 20:
+        cache.expect(cache.segments, again=True)
     assert_reads(cache, oracle)
     with cache.committing():
         for layer in range(cache.geometry.layers):
@@ -203,11 +207,10 @@ def step(cache: KVCache, oracle: Oracle, frames: int, seed: int) -> None:
 
 
 def page_hash(cache: KVCache, frame: int) -> str:
-    """Digest of all bytes of one frame."""
-    page = cache.table[frame]
+    """Digest of all bytes of one frame, wherever it lies."""
     digest = hashlib.sha256()
-    for _, buffer in sorted(cache.pools[page.pool].storage.items()):
-        digest.update(buffer[:, page.slot].contiguous().view(torch.uint8).numpy().tobytes())
+    for _, buffer in sorted(cache.page(frame).items()):
+        digest.update(buffer.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -18,11 +18,12 @@ from torch import Tensor
 from vidkv.cache.evidence import Evidence, evidence_bytes
 from vidkv.cache.formats.base import PageFormat
 from vidkv.cache.layout import Layout, OpenChunk
-from vidkv.cache.pool import PagePool
+from vidkv.cache.offload import OffloadedPool, planned_places
+from vidkv.cache.pool import PagePool, Target
 from vidkv.cache.prune import most_different
 from vidkv.cache.saved import check_tensor, entry, whole_numbers
 from vidkv.cache.spec import CacheGeometry, CacheSpec
-from vidkv.cache.tiers import has_places, planned_pools, planned_tiers
+from vidkv.cache.tiers import planned_means, planned_pools, planned_tiers
 from vidkv.errors import CacheSpecError, CacheStateError, StateError
 from vidkv.kernels.paged_attention import PageRun
 from vidkv.kernels.rope import rotate_last
@@ -59,20 +60,26 @@ class Run:
 
     Attributes:
         pool: its name.
-        slots: (pages,) int64 on the cache's device.
+        slots: (pages,) int64 on the cache's device: where they lie in the buffers that are read.
         offsets: (pages,) frames from the open chunk's first frame, negative, likewise.
         frames: which latent frames they are.
+        waiting: if they have no place on the device, their places on the host.
     """
 
     pool: str
     slots: Tensor
     offsets: Tensor
     frames: tuple[int, ...]
+    waiting: tuple[int, ...] = ()
 
     def pages(self) -> list[Run]:
         """Each page as a run of its own."""
-        places = [slice(i, i + 1) for i in range(len(self.frames))]
-        return [Run(self.pool, self.slots[i], self.offsets[i], self.frames[i]) for i in places]
+        runs = []
+        for i in range(len(self.frames)):
+            one = slice(i, i + 1)
+            slots = self.slots[:1] if self.waiting else self.slots[one]
+            runs.append(Run(self.pool, slots, self.offsets[one], self.frames[one], self.waiting[one]))
+        return runs
 
 
 Segment = tuple[Run, ...]
@@ -80,24 +87,20 @@ Segment = tuple[Run, ...]
 
 
 def planned_bytes(spec: CacheSpec, geometry: CacheGeometry, dtype: torch.dtype = torch.bfloat16) -> int:
-    """Bytes of a cache: its pools and, for formats that need them, the key means."""
+    """Bytes of a cache on its device: pools, what passes through, key means and what a selection goes by."""
     pools = planned_pools(spec, geometry, dtype)
-    pages = sum(f.bytes_per_page() * geometry.layers * slots for f, slots in pools.values())
-    means = sum(math.prod(shape) * kind.itemsize for shape, kind in _means(spec, geometry, pools).values())
+    places = planned_places(spec, geometry, dtype)
+    means = sum(
+        math.prod(shape) * kind.itemsize for shape, kind in planned_means(spec, geometry, pools).values()
+    )
+    pages = 0
+    for name, (format, slots) in pools.items():
+        layer, layers = format.bytes_per_page(), geometry.layers
+        if places is not None and name == "pages":
+            pages += layer * (layers * places.device + 2 * places.staged)
+        else:
+            pages += layer * layers * slots
     return pages + means + evidence_bytes(spec, geometry)
-
-
-def _means(
-    spec: CacheSpec, g: CacheGeometry, pools: Mapping[str, tuple[PageFormat, int]]
-) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of what is frozen at the first commit: mean keys, of all places and of each."""
-    heads = g.layers, g.batch, g.kv_heads
-    means: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    if any(format.uses_key_mean for format, _ in pools.values()):
-        means["key_mean"] = (*heads, g.head_dim), torch.float32
-    if has_places(spec):
-        means["keyframe"] = (*heads, g.tokens, g.head_dim), torch.bfloat16
-    return means
 
 
 class KVCache:
@@ -136,14 +139,15 @@ class KVCache:
         self.tiers = planned_tiers(spec, geometry, dtype)
         self.plan = {tier.name: (tier.format, tier.slots) for tier in reversed(self.tiers)}
         if pools is None:
-            pools = {name: PagePool(f, slots, device) for name, (f, slots) in self.plan.items()}
+            pools = self._own_pools()
         else:
             for name, (_, slots) in self.plan.items():
                 pools[name].reserve(slots)
         self.pools = pools
         self.table: dict[int, Page] = {}
         room = {name: slots for name, (_, slots) in self.plan.items()}
-        self._give_back = weakref.finalize(self, _give_back, self.pools, self.table, room)
+        self._owner = object()
+        self._give_back = weakref.finalize(self, _give_back, self.pools, self.table, room, self._owner)
         self._give_back.atexit = False
         self.state = State.IDLE
         self.opened: OpenChunk | None = None
@@ -151,7 +155,7 @@ class KVCache:
         self.history: tuple[Run, ...] = ()
         self.means = {
             name: torch.zeros(shape, dtype=kind, device=device)
-            for name, (shape, kind) in _means(spec, geometry, self.plan).items()
+            for name, (shape, kind) in planned_means(spec, geometry, self.plan).items()
         }
         self.evidence = Evidence(spec, geometry, self.device) if spec.select else None
         self._mean_frozen = False
@@ -160,9 +164,49 @@ class KVCache:
         self.pages_read = 0
         self.lossy_pages_read = 0
 
+    def _own_pools(self) -> dict[str, PagePool]:
+        places = planned_places(self.spec, self.geometry, self.dtype)
+        pools = {
+            name: PagePool(f, slots, self.device) for name, (f, slots) in self.plan.items() if name != "pages"
+        }
+        format, slots = self.plan["pages"]
+        last = (
+            OffloadedPool(format, slots, places, self.device)
+            if places
+            else PagePool(format, slots, self.device)
+        )
+        return {name: pools.get(name, last) for name in self.plan}
+
+    @property
+    def offloaded(self) -> OffloadedPool | None:
+        """The pool whose pages need not be on the device, if there is one."""
+        pool = self.pools.get("pages")
+        return pool if isinstance(pool, OffloadedPool) else None
+
+    @property
+    def staged(self) -> bool:
+        """Whether pages may pass through the device while they are read, instead of lying there."""
+        return self.offloaded is not None and self.offloaded.plan.staged > 0
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes of the host's memory for pages that may leave the device."""
+        return self.offloaded.host_nbytes if self.offloaded else 0
+
+    @property
+    def disk_nbytes(self) -> int:
+        """Bytes of pages on disk."""
+        return self.offloaded.disk_nbytes if self.offloaded else 0
+
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes of pages that have come from the host to the device so far."""
+        return self.offloaded.bytes_moved if self.offloaded else 0
+
     @property
     def nbytes(self) -> int:
-        """Bytes allocated: pools, each storage counted once, key means, and what a selection goes by."""
+        """Bytes allocated on the device: pools, each storage counted once, key means, and what a selection
+        goes by."""
         own = sum(mean.nbytes for mean in self.means.values())
         own += self.evidence.nbytes if self.evidence else 0
         return sum(pool.nbytes for pool in self.pools.values()) + own
@@ -183,6 +227,12 @@ class KVCache:
         plain = "fp32" if self.dtype == torch.float32 else "bf16"
         return {"pages": self.spec.format, "full": plain}.get(pool, pool)
 
+    def tier_of(self, frame: int) -> str:
+        """Where a resident frame lies: `device`, `host` or `disk`."""
+        page = self.table[frame]
+        pool = self.pools[page.pool]
+        return pool.tier(page.slot) if isinstance(pool, OffloadedPool) else "device"
+
     def begin(self, frames: int, at_once: bool = False) -> OpenChunk:
         """Open the next chunk; from here on what it reads is fixed.
 
@@ -190,12 +240,40 @@ class KVCache:
             at_once: it may be longer than a chunk, to build the cache anew from clean latents.
         """
         self._expect(State.IDLE)
-        selecting = self.evidence is not None and len(self.layout.resident) > self.layout.readable
-        relevance = self.evidence.relevance(self.layout.resident) if self.evidence and selecting else None
+        relevance = self._settled() if self.offloaded else self._relevance()
         self.opened = self.layout.begin(frames, at_once, relevance)
         self.segments, self.history = self._read_plan(self.opened)
         self.state = State.OPEN
         return self.opened
+
+    def _relevance(self) -> dict[int, float]:
+        """By resident frame, for a cache that reads a selection of them."""
+        if self.evidence is None or len(self.layout.resident) <= self.layout.readable:
+            return {}
+        return self.evidence.relevance(self.layout.resident)
+
+    def _settled(self) -> dict[int, float]:
+        """Relevance, once all that the next chunk reads is near; frames that are lost are forgotten."""
+        assert self.offloaded is not None
+        while True:
+            relevance = self._relevance()
+            self.offloaded.settle(self._owner, self._wanted(relevance), self.geometry.chunk_frames)
+            if not self.forget_lost():
+                return relevance
+
+    def _wanted(self, relevance: Mapping[int, float]) -> list[int]:
+        """Slots of offloaded pages that the next chunk reads."""
+        pages = (self.table[frame] for frame in self.layout.selected(relevance))
+        return [page.slot for page in pages if page.pool == "pages"]
+
+    def forget_lost(self) -> bool:
+        """Drop frames whose pages a disk could not keep; says whether there were any."""
+        if self.offloaded is None:
+            return False
+        lost = self.offloaded.lost_slots()
+        frames = [f for f, page in self.table.items() if page.pool == "pages" and page.slot in lost]
+        self.forget(frames)
+        return bool(frames)
 
     def abandon(self) -> None:
         """Give the open chunk up; the cache is as it was before `begin`."""
@@ -250,7 +328,8 @@ class KVCache:
         for index, run in enumerate(segment):
             pool = self._reading(layer, run)
             phases, mean = temporal[index] if temporal else None, self._mean(layer, pool.format)
-            k, v = pool.format.read(pool.storage, layer, run.slots, self.dtype, phases, mean)
+            storage, at = pool.stored(layer, run.waiting)
+            k, v = pool.format.read(storage, at, run.slots, self.dtype, phases, mean)
             parts.append((k.flatten(2, 3), v.flatten(2, 3)))
         if len(parts) == 1:
             return parts[0]
@@ -258,14 +337,18 @@ class KVCache:
 
     def key_noise(self, layer: int, segment: Segment) -> Tensor | None:
         """Mean squared error of a channel of a segment's keys (batch, kv_heads); None if it is not kept."""
+        if not self.spec.jensen:
+            return None
         noises, pages = [], 0
         for run in segment:
             pool = self.pools[run.pool]
-            noise = pool.format.key_noise(pool.storage, layer, run.slots)
+            storage, at = pool.stored(layer, run.waiting)
+            noise = pool.format.key_noise(storage, at, run.slots)
             pages += len(run.slots)
             if noise is not None:
-                noises.append(noise.sum(0))
-        return sum(noises[1:], noises[0]) / pages if noises else None
+                noises.append(noise)
+        # at once, so that it does not matter how the segment is cut into runs
+        return torch.cat(noises).sum(0) / pages if noises else None
 
     def pages(self, layer: int, run: Run, temporal: Tensor) -> PageRun:
         """Pages of one layer where they lie, for the fused read.
@@ -276,6 +359,16 @@ class KVCache:
         pool = self._reading(layer, run)
         stored = pool.format.layer(pool.storage, layer)
         return PageRun(stored, run.slots, temporal, self._mean(layer, pool.format))
+
+    def expect(self, segments: Sequence[Segment], again: bool) -> None:
+        """Say in which order every layer reads, so that what lies on the host is on its way in time.
+
+        Args:
+            again: the last layer is followed by the first.
+        """
+        if self.offloaded is not None:
+            waiting = [run.waiting for segment in segments for run in segment if run.waiting]
+            self.offloaded.expect(waiting, again)
 
     def _reading(self, layer: int, run: Run) -> PagePool:
         """The pool of a run whose pages are about to be read, which is counted."""
@@ -324,8 +417,8 @@ class KVCache:
             mean = self._mean(layer, pool.format)
             old = pool.format.read(pool.storage, layer, demotion.source, self.dtype, None, mean)
             self._store(layer, demotion.pool, demotion.target, *old, None)
-        for name, (indices, slots) in self._commit.writes.items():
-            self._store(layer, name, slots, k[:, :, indices], v[:, :, indices], spatial)
+        for name, (indices, target) in self._commit.writes.items():
+            self._store(layer, name, target, k[:, :, indices], v[:, :, indices], spatial)
 
     def _freeze_means(self, layer: int, k: Tensor, spatial: Tensor | None) -> None:
         turned = k.float() if spatial is None else rotate_last(k.float(), spatial)
@@ -335,7 +428,7 @@ class KVCache:
             self.means["keyframe"][layer] = turned.mean(2).to(self.means["keyframe"].dtype)
 
     def _store(
-        self, layer: int, name: str, slots: Tensor, k: Tensor, v: Tensor, spatial: Tensor | None
+        self, layer: int, name: str, target: Target, k: Tensor, v: Tensor, spatial: Tensor | None
     ) -> None:
         """Lay pages down in slots of a pool, which may hold fewer tokens of each."""
         pool = self.pools[name]
@@ -343,7 +436,7 @@ class KVCache:
         if kept < k.shape[3]:
             k, spatial = k if spatial is None else rotate_last(k, spatial), None
             k, v = most_different(k, v, self.means["keyframe"][layer], kept)
-        pool.format.write(pool.storage, layer, slots, k, v, spatial, self._mean(layer, pool.format))
+        pool.write(layer, target, k, v, spatial, self._mean(layer, pool.format))
 
     def fork(self) -> KVCache:
         """A second cache with the same history; pages are shared until each has moved on."""
@@ -367,8 +460,7 @@ class KVCache:
     def page(self, frame: int) -> dict[str, Tensor]:
         """The bytes of a resident frame on the CPU, (layers, …) by buffer name."""
         page = self.table[frame]
-        storage = self.pools[page.pool].storage
-        return {key: buffer[:, page.slot].cpu().contiguous() for key, buffer in storage.items()}
+        return {key: buffer[:, 0] for key, buffer in self.pools[page.pool].gather([page.slot]).items()}
 
     def state_tensors(self, pages: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything a restore needs: page bytes in position order, and a JSON-able header.
@@ -377,18 +469,18 @@ class KVCache:
             pages: False leaves an empty place for them.
         """
         self._expect(State.IDLE)
+        self.forget_lost()
         tensors: dict[str, Tensor] = {}
         for name, pool in self.pools.items():
             slots = [self.table[f].slot for f in self.layout.resident if pages and self.table[f].pool == name]
-            for key, buffer in pool.storage.items():
-                tensors[f"{name}.{key}"] = buffer[:, slots].cpu().contiguous()
+            tensors |= {f"{name}.{key}": buffer for key, buffer in pool.gather(slots).items()}
         tensors |= {name: mean.clone().cpu() for name, mean in self.means.items()}
         if self.evidence:
             rows = [self.evidence.rows[frame] for frame in self.layout.resident]
             tensors["evidence.keys"] = self.evidence.keys[rows].cpu()
             tensors["evidence.queries"] = self.evidence.queries.clone().cpu()
         header = {
-            "spec": self.spec.model_dump(),
+            "spec": self.spec.unbudgeted.model_dump(),
             "resident": [[frame, self.table[frame].pool] for frame in self.layout.resident],
             "serials": [self.table[frame].serial for frame in self.layout.resident],
             "next_serial": self._serial,
@@ -448,7 +540,7 @@ class KVCache:
             saved = CacheSpec.of(entry(header, "spec", dict))
         except CacheSpecError as error:
             raise StateError(f"the saved cache settings cannot be read: {error}") from None
-        if saved != self.spec:
+        if saved.unbudgeted != self.spec.unbudgeted:
             raise StateError(f"the state was saved with the cache {saved}, this rollout has {self.spec}")
         next_frame, frozen = entry(header, "next_frame", int), entry(header, "mean_frozen", bool)
         resident = [tuple(pair) if isinstance(pair, list) else () for pair in entry(header, "resident", list)]
@@ -499,7 +591,7 @@ class KVCache:
             raise CacheStateError("two frames lie in one slot")
         for name, pool in self.pools.items():
             for key, buffer in pool.storage.items():
-                if buffer.shape[:2] != (self.geometry.layers, pool.slots):
+                if buffer.shape[:2] != (self.geometry.layers, pool.placed):
                     raise CacheStateError(f"{name}.{key} has {tuple(buffer.shape[:2])} layers and slots")
         for frame, page in self.table.items():
             place = self.pools.get(page.pool)
@@ -541,24 +633,32 @@ class KVCache:
         """
         size = self.spec.segment
         placed = [
-            (frame, self.table[frame], position - chunk.first_position)
+            _Placed(frame, self.table[frame].pool, position - chunk.first_position, *self._place(frame))
             for frame, position in zip(chunk.history, chunk.positions, strict=True)
         ]
         segments = tuple(
             tuple(
-                self._run(name, list(group))
-                for name, group in groupby(placed[start : start + size], key=lambda part: part[1].pool)
+                self._run(list(group))
+                for _, group in groupby(placed[start : start + size], key=lambda part: (part.pool, part.here))
             )
             for start in range(0, len(placed), size)
         )
-        history = ((name, [part for part in placed if part[1].pool == name]) for name in self.pools)
-        return segments, tuple(self._run(name, parts) for name, parts in history if parts)
+        if not all(part.here for part in placed):
+            return segments, ()
+        history = ([part for part in placed if part.pool == name] for name in self.pools)
+        return segments, tuple(self._run(parts) for parts in history if parts)
 
-    def _run(self, pool: str, placed: Sequence[tuple[int, Page, int]]) -> Run:
-        slots, offsets = ([p.slot for _, p, _ in placed], [offset for _, _, offset in placed])
-        frames = tuple(frame for frame, _, _ in placed)
-        at, away = (torch.tensor(x, device=self.device) for x in (slots, offsets))
-        return Run(pool, at, away, frames)
+    def _place(self, frame: int) -> tuple[int | None, int]:
+        """Where a frame lies in its pool's buffers, if it does, and on the host."""
+        page = self.table[frame]
+        pool = self.pools[page.pool]
+        return pool.where(page.slot) if isinstance(pool, OffloadedPool) else (page.slot, -1)
+
+    def _run(self, placed: Sequence[_Placed]) -> Run:
+        waiting = () if placed[0].here else tuple(part.host for part in placed)
+        places = range(len(placed)) if waiting else [part.place for part in placed]
+        at, away = (torch.tensor(x, device=self.device) for x in (list(places), [p.offset for p in placed]))
+        return Run(placed[0].pool, at, away, tuple(part.frame for part in placed), waiting)
 
     def _pool_of(self, frame: int, sinks: Collection[int], end: int) -> str:
         """Where a frame belongs when `end` latent frames are committed."""
@@ -587,8 +687,9 @@ class KVCache:
                 self.pools[page.pool].release(page.slot)
                 self.table[frame] = target
             for name, pairs in leaving.items():
-                source, into = (torch.tensor(x, device=self.device) for x in zip(*pairs, strict=True))
-                demotions.append(_Demotion(tier.name, source, name, into))
+                source, into = zip(*pairs, strict=True)
+                places = torch.tensor(source, device=self.device)
+                demotions.append(_Demotion(tier.name, places, name, self.pools[name].target(into)))
         writes: dict[str, tuple[list[int], list[int]]] = {}
         for frame in (f for f in kept if f >= start):
             name = self._pool_of(frame, sinks, end)
@@ -602,7 +703,7 @@ class KVCache:
         return _Commit(
             demotions,
             {
-                name: (_span(indices), torch.tensor(slots, device=self.device))
+                name: (_span(indices), self.pools[name].target(slots))
                 for name, (indices, slots) in writes.items()
             },
         )
@@ -613,6 +714,8 @@ class KVCache:
 
     def _forget_chunk(self) -> None:
         self.opened, self.segments, self.history, self._commit = None, (), (), None
+        if self.offloaded is not None:
+            self.offloaded.done(self._owner)
 
     def _finish(self, commit: _Commit) -> None:
         # one transfer, not one a frame
@@ -621,6 +724,24 @@ class KVCache:
         self._mean_frozen = True
         self.state = State.IDLE
         self._forget_chunk()
+        if self.offloaded is not None:
+            wanted = self._wanted(self._relevance())
+            self.offloaded.settle_ahead(self._owner, wanted, self.geometry.chunk_frames)
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A page that is about to be read: `place` in its pool's buffers, None while it waits on the `host`."""
+
+    frame: int
+    pool: str
+    offset: int
+    place: int | None
+    host: int
+
+    @property
+    def here(self) -> bool:
+        return self.place is not None
 
 
 def _scores(header: Mapping[str, Any]) -> list[float | None]:
@@ -628,8 +749,13 @@ def _scores(header: Mapping[str, Any]) -> list[float | None]:
     return entry(header, "scores", list) if "scores" in header else [None] * len(header["resident"])
 
 
-def _give_back(pools: dict[str, PagePool], table: dict[int, Page], room: dict[str, int]) -> None:
+def _give_back(
+    pools: dict[str, PagePool], table: dict[int, Page], room: dict[str, int], owner: object
+) -> None:
     """Free the pages of a table and the room that was reserved for them."""
+    last = pools["pages"]
+    if isinstance(last, OffloadedPool):
+        last.done(owner)
     for page in table.values():
         pools[page.pool].release(page.slot)
     table.clear()
@@ -650,7 +776,7 @@ class _Demotion:
     origin: str
     source: Tensor
     pool: str
-    target: Tensor
+    target: Target
 
 
 @dataclass
@@ -659,12 +785,12 @@ class _Commit:
 
     Attributes:
         demotions: in the order in which they must be made.
-        writes: per pool, which of the chunk's frames and the slots (frames,) int64 they go to.
+        writes: per pool, which of the chunk's frames and where they go.
         written: layers done.
         mass: by frame that was read, its share of the attention so far.
     """
 
     demotions: list[_Demotion]
-    writes: dict[str, tuple[slice | list[int], Tensor]]
+    writes: dict[str, tuple[slice | list[int], Target]]
     written: set[int] = field(default_factory=set)
     mass: dict[int, Tensor] = field(default_factory=dict)

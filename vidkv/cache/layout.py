@@ -70,7 +70,7 @@ class Layout:
         most = max(self.chunk_frames, self.spec.window) if at_once else self.chunk_frames
         if not 1 <= frames <= most:
             raise CacheStateError(f"a chunk of {frames} latent frames; this cache takes 1 to {most}")
-        history = self._selected(relevance or {})
+        history = self.selected(relevance or {})
         if self.spec.positions == "relative":
             positions, first = tuple(range(len(history))), len(history)
         else:
@@ -78,8 +78,9 @@ class Layout:
         self.opened = OpenChunk(self.next_frame, frames, history, positions, first)
         return self.opened
 
-    def _selected(self, relevance: Mapping[int, float]) -> tuple[int, ...]:
-        """Sinks, the newest, and of the others the most relevant, the newer of equal ones."""
+    def selected(self, relevance: Mapping[int, float]) -> tuple[int, ...]:
+        """What the next chunk reads: sinks, the newest, and of the others the most relevant, the newer of
+        equal ones."""
         if len(self.resident) <= self.readable:
             return self.resident
         others = [frame for frame in self.resident if frame not in self.sinks]

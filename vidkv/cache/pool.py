@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from vidkv.cache.formats.base import PageFormat
+from vidkv.cache.formats.base import PageFormat, Storage
 from vidkv.errors import CacheStateError
+
+
+@dataclass(frozen=True)
+class Target:
+    """Acquired slots that pages are about to be written to.
+
+    Attributes:
+        index: (pages,) int64 on the device, where they lie in the pool's storage.
+    """
+
+    index: Tensor
 
 
 class PagePool:
@@ -21,7 +35,7 @@ class PagePool:
     """
 
     def __init__(self, format: PageFormat, slots: int, device: torch.device | str) -> None:
-        self.format, self.device = format, device
+        self.format, self.device = format, torch.device(device)
         self.storage = format.allocate(slots, device)
         self.references = [0] * slots
         self.reserved = slots
@@ -75,6 +89,33 @@ class PagePool:
     def cancel(self, slots: int) -> None:
         """Take back a promise; the memory stays for the next one."""
         self.reserved -= slots
+
+    @property
+    def placed(self) -> int:
+        """Slots whose pages lie in `storage`."""
+        return self.slots
+
+    def target(self, slots: Sequence[int]) -> Target:
+        """Where pages of these acquired slots are to be written."""
+        return Target(torch.tensor(slots, device=self.device))
+
+    def write(
+        self, layer: int, target: Target, k: Tensor, v: Tensor, spatial: Tensor | None, mean: Tensor | None
+    ) -> None:
+        """Encode one layer of pages, see `PageFormat.write`."""
+        self.format.write(self.storage, layer, target.index, k, v, spatial, mean)
+
+    def stored(self, layer: int, waiting: tuple[int, ...]) -> tuple[Storage, int]:
+        """The buffers that hold one layer of a run's pages, and the layer's place in them.
+
+        Args:
+            waiting: of the run, see `kv_cache.Run`.
+        """
+        return self.storage, layer
+
+    def gather(self, slots: Sequence[int]) -> dict[str, Tensor]:
+        """Buffers (layers, pages, …) of held slots on the CPU."""
+        return {name: buffer[:, list(slots)].cpu().contiguous() for name, buffer in self.storage.items()}
 
     def load(self, slot: int, pages: dict[str, Tensor]) -> None:
         """Fill an acquired slot with saved buffers (layers, …), byte for byte."""

@@ -14,6 +14,8 @@ FIRST = (
     "format", "window", "sink", "policy", "positions", "keep_newest", "keep_sinks", "value_scale", "segment",
 )  # fmt: skip
 """Settings that every `identity` has."""
+BUDGETS = ("device_gb", "host_gb", "disk_gb")
+"""Settings that say where pages lie; what is computed does not depend on them."""
 BELOW_EIGHT_BITS = {"keep_sinks": True, "newer": "int8:3"}
 """Defaults of formats with fewer. Eight bits for sinks and the newest were as good as sixteen in the embedded
 world (`vidkv eval cache`), at half the bytes."""
@@ -54,6 +56,11 @@ class CacheSpec(BaseModel):
         select: latent frames attended of those in the window, sinks and current chunk included: half of the
             others are the newest, half those whose mean keys meet the last chunk's queries best. 0: all.
         segment: pages that a two-pass read brings into scratch at a time.
+        device_gb: gigabytes that the cache may take on the device; pages of `format` that have no room lie in
+            the host's memory and come when they are read. 0: all are on the device.
+        host_gb: gigabytes of the host's memory for pages that may leave the device; what has no room there
+            lies on disk. 0: as many as it takes.
+        disk_gb: gigabytes on disk, for a cache that reads a selection (`select`). 0: none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -76,6 +83,9 @@ class CacheSpec(BaseModel):
     keep_tokens: float = Field(default=1.0, gt=0, le=1)
     select: int = Field(default=0, ge=0)
     segment: int = Field(default=6, ge=1)
+    device_gb: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    host_gb: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    disk_gb: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -145,9 +155,14 @@ class CacheSpec(BaseModel):
     @property
     def identity(self) -> dict[str, Any]:
         """Settings as they go into a hash: later ones only where they are not the default, so that a new one
-        changes no name of what was made before it."""
-        fields = type(self).model_fields
-        return {k: v for k, v in self.model_dump().items() if k in FIRST or v != fields[k].default}
+        changes no name of what was made before it, and no budgets."""
+        fields, settings = type(self).model_fields, self.unbudgeted.model_dump()
+        return {k: v for k, v in settings.items() if k in FIRST or v != fields[k].default}
+
+    @property
+    def unbudgeted(self) -> CacheSpec:
+        """The same cache, all of it on the device."""
+        return self.model_copy(update=dict.fromkeys(BUDGETS, 0.0))
 
     @property
     def tiers(self) -> list[tuple[str, int]]:
@@ -185,6 +200,22 @@ class CacheSpec(BaseModel):
             self._check_unused("group", "fit", "keyframe", "jensen", "key_scale", "hadamard")
         if self.keyframe and self.keep_tokens < 1:
             raise CacheSpecError("keyframe codes every token of a page; it does not go with keep_tokens")
+        if (self.host_gb or self.disk_gb) and not self.device_gb:
+            name = "host_gb" if self.host_gb else "disk_gb"
+            raise CacheSpecError(
+                f"{name}={getattr(self, name):g} is for pages that have no room on the device; say with "
+                "device_gb how much there is"
+            )
+        if self.disk_gb and not self.host_gb:
+            raise CacheSpecError(
+                f"disk_gb={self.disk_gb:g} is for pages that have no room in the host's memory; say with "
+                "host_gb how much there is"
+            )
+        if self.disk_gb and not self.select:
+            raise CacheSpecError(
+                f"disk_gb={self.disk_gb:g}: a cache that reads all its pages in every pass is not read from "
+                "disk; say with select how many frames a chunk reads"
+            )
         if self.select and self.select > self.window:
             raise CacheSpecError(f"select={self.select} of a window of {self.window}; choose fewer")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +56,10 @@ def planned_tiers(spec: CacheSpec, geometry: CacheGeometry, dtype: torch.dtype) 
     for name, frames in ages:
         plain = "fp32" if dtype == torch.float32 else "bf16"
         format = FORMATS[plain if name == "full" else name](spec, geometry)
-        slots = min(frames, max(0, capacity - sinks - younger)) + (0 if tiers else sinks)
+        # of frames that follow one another up to the newest, and of sinks on their way through
+        followers = max(0, min(younger + frames, capacity - spec.sink) - younger)
+        passing = max(0, min(spec.sink, younger + frames - max(younger, capacity - spec.sink)))
+        slots = followers + (passing if not sinks else 0 if tiers else sinks)
         younger += frames
         tiers.append(Tier(name, format, slots, younger))
     rest = capacity - sinks - min(younger, capacity - spec.sink)
@@ -68,6 +72,19 @@ def planned_pools(
     """The pools that a cache allocates, by name: (format, slots); see `planned_tiers`."""
     tiers = planned_tiers(spec, geometry, dtype)
     return {tier.name: (tier.format, tier.slots) for tier in reversed(tiers)}
+
+
+def planned_means(
+    spec: CacheSpec, g: CacheGeometry, pools: Mapping[str, tuple[PageFormat, int]]
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of what is frozen at the first commit: mean keys, of all places and of each."""
+    heads = g.layers, g.batch, g.kv_heads
+    means: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    if any(format.uses_key_mean for format, _ in pools.values()):
+        means["key_mean"] = (*heads, g.head_dim), torch.float32
+    if has_places(spec):
+        means["keyframe"] = (*heads, g.tokens, g.head_dim), torch.bfloat16
+    return means
 
 
 def newest_frames(spec: CacheSpec, chunk_frames: int) -> int:
