@@ -275,7 +275,8 @@ class KVCache:
         """
         pool = self._reading(layer, run)
         stored = pool.format.layer(pool.storage, layer)
-        return PageRun(stored, run.slots, temporal, self._mean(layer, pool.format))
+        turned = pool.format.narrow and self.spec.hadamard
+        return PageRun(stored, run.slots, temporal, self._mean(layer, pool.format), turned)
 
     def _reading(self, layer: int, run: Run) -> PagePool:
         """The pool of a run whose pages are about to be read, which is counted."""
