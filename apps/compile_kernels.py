@@ -298,7 +298,7 @@ def _packed() -> list[Variant]:
 
 def _fused_packed(d: int) -> list[Variant]:
     """What the fused read does to packed pages around its main launch."""
-    name, size = f"bf16 d{d} packed", {"D": d, "BLOCK": paged_attention_packed.ROWS_PER_PROGRAM}
+    name, size = f"bf16 d{d} packed", {"D": d, "BLOCK": paged_attention_packed.ROWS_PER_PROGRAM[d]}
     turn = {**size, "PAIRS": 22 if d == 128 else 12, "TURNED": True, "PRECISION": "tf32"}
     pages = {"SIZE": d // 2, "V_PER_CHANNEL": False, "BLOCK": paged_attention_packed.TOKENS_PER_PROGRAM}
     merged = dict.fromkeys(("lse_ptr", "more_lse_ptr", "total_ptr", "root"), "fp32")

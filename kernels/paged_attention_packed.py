@@ -29,7 +29,8 @@ from vidkv.kernels.rope import rotate_first
 
 BITS = 4
 TOKENS_PER_PROGRAM = 64
-ROWS_PER_PROGRAM = 32
+ROWS_PER_PROGRAM = {32: 32, 64: 32, 128: 32, 256: 16}
+"""By channels of a head: more would not fit into registers."""
 SMALLEST_SCALE = 1e-20
 """Never 0: a masked score of -inf is multiplied by it."""
 
@@ -99,9 +100,10 @@ def turn_packed_queries(
     q = q.contiguous()
     out = _empty_queries(q, turns, mean, turned, scale)
     b, heads, queries, d = q.shape
-    _turn_kernel[(triton.cdiv(queries, ROWS_PER_PROGRAM), b * heads)](
+    block = ROWS_PER_PROGRAM[d]
+    _turn_kernel[(triton.cdiv(queries, block), b * heads)](
         q, turns, mean, *out, queries, turns.shape[0], heads, mean.shape[1], scale, 1 / math.sqrt(d),
-        D=d, PAIRS=turns.shape[1], TURNED=turned, BLOCK=ROWS_PER_PROGRAM, PRECISION=_precision(q),
+        D=d, PAIRS=turns.shape[1], TURNED=turned, BLOCK=block, PRECISION=_precision(q),
         num_warps=4,
     )  # fmt: skip
     return out
@@ -139,9 +141,10 @@ def merge_turned(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tu
     out, lse, more, more_lse = (x.contiguous() for x in (out, lse, more, more_lse))
     merged, total = torch.empty_like(out), torch.empty_like(lse)
     rows, d = lse.numel(), out.shape[-1]
-    _merge_kernel[(triton.cdiv(rows, ROWS_PER_PROGRAM),)](
+    block = ROWS_PER_PROGRAM[d]
+    _merge_kernel[(triton.cdiv(rows, block),)](
         out, lse, more, more_lse, merged, total, rows, 1 / math.sqrt(d),
-        D=d, BLOCK=ROWS_PER_PROGRAM, PRECISION=_precision(more), num_warps=4,
+        D=d, BLOCK=block, PRECISION=_precision(more), num_warps=4,
     )  # fmt: skip
     return merged, total
 
@@ -158,7 +161,7 @@ def merge_turned_reference(out: Tensor, lse: Tensor, more: Tensor, more_lse: Ten
 
 
 def _precision(x: Tensor) -> str:
-    return "ieee" if x.dtype == torch.float32 else "tf32"
+    return "tf32x3" if x.dtype == torch.float32 else "tf32"
 
 
 @jit
