@@ -10,6 +10,9 @@ small launch, and no turned key ever exists. Codes are of k - μ, so (R_-p q)·�
 is added to the scores. A rotation keeps the norm of each channel pair, so the largest pair norm of a query
 bounds its channels on every page, and one scale per query serves all of them.
 
+Packed pages of four bits become INT8 codes first and take a launch of their own, since their values are
+turned by a Hadamard matrix and others' are not (`paged_attention_packed.py`); both results are merged.
+
 Scores are kept in units of log2: softmax is taken with exp2.
 """
 
@@ -49,8 +52,9 @@ class PageRun:
     """Pages of one layer, read through a table.
 
     Attributes:
-        pages: k and v (slots, b, kv heads, tokens, d); of codes also k_scale (slots, b, kv heads, tokens, 1)
-            and v_scale, the same or (slots, b, kv heads, 1, d), float16.
+        pages: k and v (slots, b, kv heads, tokens, d), or packed (slots, b, kv heads, tokens, d / 2) uint8;
+            of codes also k_scale (slots, b, kv heads, tokens, 1) and v_scale, the same or (slots, b, kv
+            heads, 1, d), float16.
         slots: (pages,) int64.
         temporal: (pages, time pairs) complex64 phases of the pages' distances from the chunk's first frame.
         mean: (b, kv heads, d) float32 that was taken out of coded keys; None for plain pages.
