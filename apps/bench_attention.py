@@ -32,6 +32,7 @@ from vidkv.dispatch import candidates, choose, full_window, fused_obstacle
 from vidkv.errors import InputError, ResourceError
 from vidkv.kernels import jit, paged_attention
 from vidkv.kernels.attention import attend, attend_reference, attend_with_lse, merge
+from vidkv.kernels.paged_attention import PageRun
 from vidkv.kernels.pages import decode_reference
 from vidkv.kernels.rope import rotate_full, spatial_phases, temporal_phases
 from vidkv.kernels.rotary import rotate_chunk
@@ -51,6 +52,8 @@ PATCH = 2
 LARGEST_REFERENCE = 2**31
 """Bytes of scores beyond which the float64 read is left out."""
 QUERIES_AT_ONCE = 1024
+CODED = ("int8", "int4")
+"""Formats whose pages the fused read meets with codes of queries."""
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 SDPA = {
     "cuda": {
@@ -101,7 +104,9 @@ class Setting:
         return 4 * self.geometry.batch * self.heads * self.queries * keys * self.geometry.head_dim
 
     def with_format(self, name: str) -> Setting:
-        return replace(self, spec=self.spec.model_copy(update={"format": name}))
+        """The same window in another format, with that format's own defaults."""
+        kept = self.spec.model_dump(include={"window", "sink", "positions"})
+        return replace(self, spec=CacheSpec.of(kept | {"format": name}))
 
 
 def make_setting(shape: str | None, window: int | None, kv_format: str, device: str) -> Setting:
@@ -184,11 +189,16 @@ class Inputs:
         )
         parts = [(own_k, self.v[0:1, :, :, kv_head : kv_head + 1].double().flatten(1, 2).transpose(1, 2))]
         for run, phases in zip(self.cache.history, self.history, strict=True):
-            stored = self.cache.pages(0, run, phases)
-            pages = {name: buffer[:, 0:1, kv_head : kv_head + 1] for name, buffer in stored.pages.items()}
-            mean = None if stored.mean is None else stored.mean[0:1, kv_head : kv_head + 1]
             turns = temporal_phases(d, run.offsets, torch.float64)
-            k, v = decode_reference(pages, run.slots, turns, mean, torch.float64)
+            stored = self.cache.pages(0, run, phases)
+            if self.cache.pools[run.pool].format.narrow:
+                pool, mean = self.cache.pools[run.pool], stored.mean
+                decoded = pool.format.read(pool.storage, 0, run.slots, torch.float64, turns, mean)
+                k, v = (x[0:1, kv_head : kv_head + 1] for x in decoded)
+            else:
+                pages = {name: buffer[:, 0:1, kv_head : kv_head + 1] for name, buffer in stored.pages.items()}
+                mean = None if stored.mean is None else stored.mean[0:1, kv_head : kv_head + 1]
+                k, v = decode_reference(pages, run.slots, turns, mean, torch.float64)
             parts.append((k.flatten(2, 3), v.flatten(2, 3)))
         k, v = (torch.cat([part[i] for part in parts], 2) for i in (0, 1))
         blocks = q.chunk(math.ceil(q.shape[2] / QUERIES_AT_ONCE), 2)
@@ -397,7 +407,7 @@ def _rows(
         pages = "" if name == main else f", {name} pages"
         for path in _paths(its, tune and name == main):
             # codes meet codes in the first of the two products
-            coded = s.flops(s.keys - s.queries) // 2 if path.name == "fused" and name == "int8" else 0
+            coded = s.flops(s.keys - s.queries) // 2 if path.name == "fused" and name in CODED else 0
             rows.append(row(f"{path}{pages}", path.name, partial(_by_path, inputs, path), coded_flops=coded))
             if path.name == "fused" and name == main:
                 make = partial(_kernel_only, inputs, path)
@@ -474,15 +484,19 @@ def _kernel_only(inputs: Sequence[Inputs], path: ReadPath) -> Call:
     """The launches of `attend_pages` alone, with the chunk's own queries and keys turned beforehand."""
     assert path.tile is not None
     tile = path.tile
-    prepared = [(*one.turned(), *_runs(one)) for one in inputs]
-    return lambda index: paged_attention.attend_pages(*prepared[index], tile)[0]
+    prepared = [(one.turned(), _runs(one)) for one in inputs]
+
+    def call(index: int) -> Tensor:
+        turned, (coded, plain, packed) = prepared[index]
+        return paged_attention.attend_pages(*turned, coded, plain, tile, packed=packed)[0]
+
+    return call
 
 
-def _runs(one: Inputs) -> tuple[paged_attention.PageRun | None, paged_attention.PageRun | None]:
-    """Coded and plain pages."""
+def _runs(one: Inputs) -> tuple[PageRun | None, PageRun | None, PageRun | None]:
+    """Coded, plain and packed pages."""
     runs = [one.cache.pages(0, run, turns) for run, turns in zip(one.cache.history, one.history, strict=True)]
-    coded = next((run for run in runs if run.mean is not None), None)
-    return coded, next((run for run in runs if run.mean is None), None)
+    return paged_attention.by_kind(runs)
 
 
 def _query_units(q: Tensor) -> float:
@@ -530,8 +544,12 @@ def _costs(setting: Setting, inputs: Sequence[Inputs]) -> dict[str, Work]:
         Work("decode", partial(_decode, inputs), moved=segment * (frame + 2 * chunk // g.chunk_frames)),
     ]
     if fused_obstacle(s.spec, g, s.device, s.dtype) is None:
-        size = (1 + (1 if s.spec.format == "int8" else s.dtype.itemsize) * s.pages) * q_elements
+        size = (1 + (1 if s.spec.format in CODED else s.dtype.itemsize) * s.pages) * q_elements
         work.append(Work("turn_queries", partial(_turn, inputs), moved=size))
+    if runs := [run for run in _runs(inputs[0])[2:] if run]:
+        # read once, and written at two codes for one
+        size = 3 * len(runs[0].slots) * runs[0].pages["k"][0].nbytes * 2
+        work.append(Work("unpack", partial(_unpack, inputs), moved=size))
     return {piece.name: piece for piece in work}
 
 
@@ -576,13 +594,21 @@ def _decode(inputs: Sequence[Inputs]) -> Call:
 
 
 def _turn(inputs: Sequence[Inputs]) -> Call:
-    prepared = [(one.turned()[0], paged_attention._tables(*_runs(one))) for one in inputs]
+    prepared = [(one.turned()[0], _runs(one)) for one in inputs]
 
-    def call(index: int) -> Any:
-        q, tables = prepared[index]
-        return paged_attention._turn_queries(q, *tables, _query_units(q))
+    def call(index: int) -> None:
+        q, (coded, plain, packed) = prepared[index]
+        if coded or plain:
+            paged_attention._turn_queries(q, *paged_attention._tables(coded, plain), _query_units(q))
+        if packed:
+            paged_attention.turn_packed(q, packed)
 
     return call
+
+
+def _unpack(inputs: Sequence[Inputs]) -> Call:
+    packed = [run for one in inputs for run in _runs(one)[2:] if run]
+    return lambda index: paged_attention.unpacked(packed[index])
 
 
 def _ceilings(setting: Setting) -> dict[str, Work]:

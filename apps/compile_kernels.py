@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vidkv.errors import InputError
-from vidkv.kernels import attention, jit, packed, paged_attention, pages, rotary
+from vidkv.kernels import attention, jit, packed, paged_attention, paged_attention_packed, pages, rotary
 from vidkv.kernels.paged_attention import Tile
 from vidkv.kernels.tiles import good_tiles
 
@@ -50,6 +50,16 @@ _TURN = {
     **dict.fromkeys(("q_scale_ptr", "offsets_ptr", "scale"), "fp32"),
     "codes_ptr": "i8",
 }
+_TURN_PACKED = {
+    **dict.fromkeys(("turns_ptr", "mean_ptr", "q_scale_ptr", "offsets_ptr", "scale", "root"), "fp32"),
+    "codes_ptr": "i8",
+}
+_UNPACK = {
+    **dict.fromkeys(("k_ptr", "v_ptr"), "u8"),
+    **dict.fromkeys(("k_out_ptr", "v_out_ptr"), "i8"),
+    **dict.fromkeys(("k_scale_ptr", "v_scale_ptr", "k_scale_out_ptr", "v_scale_out_ptr"), "fp16"),
+    "slots_ptr": "i64",
+}
 _CODED_PAGES = {
     **dict.fromkeys(("kp_ptr", "vp_ptr"), "i8"),
     **dict.fromkeys(("ks_ptr", "vs_ptr"), "fp16"),
@@ -63,7 +73,7 @@ class Variant:
     """One way in which a kernel is launched.
 
     Attributes:
-        kernel: for people: fused, turn, commit, encode, decode, rotate, merge.
+        kernel: for people: fused, turn, unpack, commit, encode, decode, rotate, merge.
         name: what sets it apart from the kernel's others.
         function: the kernel.
         types: what pointers point to and the types of scalars, by argument; of those that are not named,
@@ -280,9 +290,23 @@ def _packed() -> list[Variant]:
             Variant("encode", name, packed._encode_kernel, types, write),
             Variant("decode", name, packed._decode_kernel, exact, read),
         ]
+    found += [variant for d in (128, 64) for variant in _fused_packed(d)]
     grouped = {**read, "D": 128, "PARTS": 2, "BITS": 4, "GROUP": 32, "ONE_SCALE": False}
     found.append(Variant("decode", "bf16 d128 4 bits grouped", packed._decode_kernel, types, grouped))
     return found
+
+
+def _fused_packed(d: int) -> list[Variant]:
+    """What the fused read does to packed pages around its main launch."""
+    name, size = f"bf16 d{d} packed", {"D": d, "BLOCK": paged_attention_packed.ROWS_PER_PROGRAM[d]}
+    turn = {**size, "PAIRS": 22 if d == 128 else 12, "TURNED": True, "PRECISION": "tf32"}
+    pages = {"SIZE": d // 2, "V_PER_CHANNEL": False, "BLOCK": paged_attention_packed.TOKENS_PER_PROGRAM}
+    merged = dict.fromkeys(("lse_ptr", "more_lse_ptr", "total_ptr", "root"), "fp32")
+    return [
+        Variant("turn", name, paged_attention_packed._turn_kernel, _TURN_PACKED, turn),
+        Variant("unpack", name, paged_attention_packed._unpack_kernel, _UNPACK, pages),
+        Variant("merge", name, paged_attention_packed._merge_kernel, merged, {**size, "PRECISION": "tf32"}),
+    ]
 
 
 def compile_variant(variant: Variant, arch: str) -> Compiled:

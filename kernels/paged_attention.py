@@ -10,6 +10,9 @@ small launch, and no turned key ever exists. Codes are of k - μ, so (R_-p q)·�
 is added to the scores. A rotation keeps the norm of each channel pair, so the largest pair norm of a query
 bounds its channels on every page, and one scale per query serves all of them.
 
+Packed pages of four bits become INT8 codes first and take a launch of their own, since their values are
+turned by a Hadamard matrix and others' are not (`paged_attention_packed.py`); both results are merged.
+
 Scores are kept in units of log2: softmax is taken with exp2.
 """
 
@@ -22,12 +25,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vidkv.kernels.attention import merge_kernel
+from vidkv.kernels.attention import attend_with_lse, merge_kernel
 from vidkv.kernels.jit import ROUND, constexpr, interpreted, jit, tl, triton, turn
+from vidkv.kernels.packed import decode_reference as decode_packed
+from vidkv.kernels.packed import hadamard
+from vidkv.kernels.paged_attention_packed import (
+    BITS,
+    merge_turned,
+    turn_packed_queries,
+    turn_packed_queries_reference,
+    unpack_pages,
+)
 from vidkv.kernels.pages import Pages, decode_reference
 from vidkv.kernels.rope import rotate_first
 
 HEAD_DIMS = (32, 64, 128, 256)
+KINDS = ("coded", "plain", "packed")
+"""Of pages, in the order in which `attend_pages` tells what each got."""
 SMALLEST_TAIL = 32
 """Columns of the narrowest score tile: a multiple of every matrix unit's depth."""
 LN2 = constexpr(math.log(2))
@@ -38,17 +52,34 @@ class PageRun:
     """Pages of one layer, read through a table.
 
     Attributes:
-        pages: k and v (slots, b, kv heads, tokens, d); of codes also k_scale (slots, b, kv heads, tokens, 1)
-            and v_scale, the same or (slots, b, kv heads, 1, d), float16.
+        pages: k and v (slots, b, kv heads, tokens, d), or packed (slots, b, kv heads, tokens, d / 2) uint8;
+            of codes also k_scale (slots, b, kv heads, tokens, 1) and v_scale, the same or (slots, b, kv
+            heads, 1, d), float16.
         slots: (pages,) int64.
         temporal: (pages, time pairs) complex64 phases of the pages' distances from the chunk's first frame.
         mean: (b, kv heads, d) float32 that was taken out of coded keys; None for plain pages.
+        turned: channels of packed codes are turned by a Hadamard matrix (`packed.py`).
     """
 
     pages: Pages
     slots: Tensor
     temporal: Tensor
     mean: Tensor | None = None
+    turned: bool = False
+
+    @property
+    def kind(self) -> str:
+        """Of `KINDS`: the argument of `attend_pages` that takes it."""
+        if self.mean is None:
+            return "plain"
+        return "packed" if self.pages["k"].dtype == torch.uint8 else "coded"
+
+
+def by_kind(runs: Sequence[PageRun]) -> tuple[PageRun | None, PageRun | None, PageRun | None]:
+    """The run of each of `KINDS`; there is at most one of each."""
+    of_kind = {run.kind: run for run in runs}
+    coded, plain, packed = (of_kind.get(kind) for kind in KINDS)
+    return coded, plain, packed
 
 
 @dataclass(frozen=True)
@@ -78,6 +109,7 @@ def attend_pages(
     plain: PageRun | None,
     tile: Tile,
     page_lse: bool = False,
+    packed: PageRun | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """softmax over a chunk's own keys and all pages of the tables.
 
@@ -88,14 +120,31 @@ def attend_pages(
             beyond ±65504 overflow beside 16-bit queries.
         tile: how to cut.
         page_lse: also return each page's own log-sum-exp.
+        packed: pages of four bits, likewise. They take a launch of their own, after one that unpacks them.
 
     Returns:
         out: (b, heads, queries, d) in q's dtype.
         lse: (b, heads, queries) float32, natural logarithm.
-        per_page: (b, heads, pages, queries) float32, coded pages first, or empty; a page's share of a
+        per_page: (b, heads, pages, queries) float32 in the order of `KINDS`, or empty; a page's share of a
             query's attention is exp(per_page - lse).
     """
-    scale = math.log2(math.e) / math.sqrt(q.shape[-1])
+    if packed is None:
+        return _attend_unpacked(q, k, v, coded, plain, tile, page_lse)
+    if coded or plain:
+        out, lse, per_page = _attend_unpacked(q, k, v, coded, plain, tile, page_lse)
+    else:
+        out, lse = attend_with_lse(q, k, v)
+        per_page = lse.new_empty(*lse.shape[:2], 0, lse.shape[2])
+    more, more_lse, more_pages = _attend_packed(q, packed, tile, page_lse)
+    merge = merge_turned if packed.turned else merge_kernel
+    out, lse = merge(out, lse, more, more_lse)
+    return out, lse, torch.cat([per_page, more_pages], 2)
+
+
+def _attend_unpacked(
+    q: Tensor, k: Tensor, v: Tensor, coded: PageRun | None, plain: PageRun | None, tile: Tile, page_lse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    scale = _score_scale(q)
     if tile.hopper_splits and coded and not plain and not page_lse:
         _, codes, q_scale, offsets = _turn_queries(q, *_tables(coded, plain), scale)
         pages, slots = _buffers(coded)
@@ -109,9 +158,43 @@ def attend_pages(
     return out, lse, per_page
 
 
+def _attend_packed(q: Tensor, run: PageRun, tile: Tile, page_lse: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention to packed pages alone, its output as turned as their values are."""
+    codes, q_scale, offsets = turn_packed(q, run)
+    pages, table = unpacked(run)
+    scale = _score_scale(q)
+    none = q.new_empty(q.shape[0], pages[0].shape[2], 0, q.shape[-1])
+    if tile.hopper_splits and not page_lse:
+        splits = tile.hopper_splits
+        out, lse = _attend_hopper(q, none, none, pages, table, codes, q_scale, offsets, scale, splits)
+        return out, lse, out.new_empty(*lse.shape[:2], 0, lse.shape[2], dtype=torch.float32)
+    return _attend(
+        q, none, none, pages, table, [], None, q.new_empty(0, *q.shape), codes, q_scale, offsets,
+        scale, [tile.queries, tile.keys, tile.warps, tile.stages], page_lse,
+    )  # fmt: skip
+
+
+def turn_packed(q: Tensor, run: PageRun) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries as they meet packed pages; see `paged_attention_packed.turn_packed_queries`."""
+    assert run.mean is not None
+    return turn_packed_queries(q, torch.view_as_real(run.temporal), run.mean, run.turned, _score_scale(q))
+
+
+def unpacked(run: PageRun) -> tuple[Sequence[Tensor], Tensor]:
+    """Packed pages as INT8 pages in the kernel's order, and their slots."""
+    pages, slots = _buffers(run)
+    assert slots is not None
+    return unpack_pages(*pages, slots), torch.arange(len(slots), device=slots.device)
+
+
+def _score_scale(q: Tensor) -> float:
+    return math.log2(math.e) / math.sqrt(q.shape[-1])
+
+
 def attend_pages_reference(
-    q: Tensor, k: Tensor, v: Tensor, coded: PageRun | None, plain: PageRun | None, exact_queries: bool = True
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, coded: PageRun | None, plain: PageRun | None, exact_queries: bool = True,
+    packed: PageRun | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`attend_pages` in float64 on decoded pages.
 
     Args:
@@ -135,6 +218,10 @@ def attend_pages_reference(
             scale = query_scale(q).double()[..., None]
             scores.append((turned / scale).round() * scale @ (against - mean) + turned @ mean)
         values.append(decoded.flatten(2, 3))
+    if packed is not None:
+        packed_scores, packed_values = _packed_reference(q, packed, groups, exact_queries)
+        scores += packed_scores
+        values.append(packed_values)
     scores.append(q.double() @ k.double().repeat_interleave(groups, 1).transpose(-1, -2))
     sizes = [part.shape[-1] for part in scores]
     joined = torch.cat(scores, -1) / math.sqrt(q.shape[-1])
@@ -142,6 +229,29 @@ def attend_pages_reference(
     out = (joined - lse[..., None]).exp() @ torch.cat([*values, v.double()], 2).repeat_interleave(groups, 1)
     per_page = torch.stack([part.logsumexp(-1) for part in joined.split(sizes, -1)], 2)[:, :, :-1]
     return out, lse, per_page
+
+
+def _packed_reference(
+    q: Tensor, run: PageRun, groups: int, exact_queries: bool
+) -> tuple[list[Tensor], Tensor]:
+    """Scores of each page times sqrt(d), and all pages' values (b, kv heads, keys, d)."""
+    assert run.mean is not None
+    keys, values = (
+        decode_packed(run.pages[name], scale, run.slots, BITS, run.turned, None, None, torch.float64)
+        for name, scale in (("k", run.pages["k_scale"]), ("v", run.pages["v_scale"]))
+    )
+    exact, scale = turn_packed_queries_reference(q, run.temporal, run.turned)
+    meeting = exact if exact_queries else (exact / scale[..., None]).round() * scale[..., None]
+    if run.turned:
+        meeting = meeting @ hadamard(q.shape[-1], q.device, torch.float64)
+    mean = run.mean.double().repeat_interleave(groups, 1)[..., None]
+    scores = [
+        page_q @ page_k.repeat_interleave(groups, 1).mT + rotate_first(q.double(), phases) @ mean
+        for page_q, page_k, phases in zip(
+            meeting, keys.unbind(2), run.temporal.conj().to(torch.complex128), strict=True
+        )
+    ]
+    return scores, values.flatten(2, 3)
 
 
 def query_scale(q: Tensor) -> Tensor:

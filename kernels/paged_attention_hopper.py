@@ -52,7 +52,7 @@ def attend_split(
     """One result for each split of the keys.
 
     Args:
-        q, k, v: contiguous, 16-bit; (b, heads, queries, 128) and (b, kv heads, keys, 128).
+        q, k, v: contiguous, 16-bit; (b, heads, queries, 128) and (b, kv heads, keys, 128); keys may be 0.
         pages: k, v, k_scale, v_scale of the pool; tokens are a multiple of 8, v_scale is per token.
         slots: (pages,) int64, at least one.
         codes, q_scale, offsets: from `paged_attention`'s first launch.
@@ -71,13 +71,16 @@ def attend_split(
     tiles = triton.cdiv(tokens, KEYS) * count
     share = round((tiles + triton.cdiv(own, KEYS) * OWN_TILE_COST) / splits)
     cut = max(1, min(share, tiles - 1)) if splits > 1 else tiles
+    if not own:
+        # never read, but a bulk copy's source has at least one element
+        k = v = q
     _attend[(triton.cdiv(queries, QUERIES), b * heads, splits)](
         _descriptor(codes.view(-1, queries, d), [1, QUERIES // 2, d], 128),
         _descriptor(page_k.view(-1, tokens, d), [1, KEYS, d], 128),
         _descriptor(k_scale.view(-1, tokens), [1, KEYS], 0),
         _descriptor(q.view(b * heads, queries, d), [1, QUERIES // 2, d], 128),
-        _descriptor(k.view(planes, own, d), [1, KEYS, d], 128),
-        _descriptor(v.view(planes, own, d), [1, KEYS, d], 128),
+        _descriptor(k.view(-1, *k.shape[2:]), [1, KEYS, d], 128),
+        _descriptor(v.view(-1, *v.shape[2:]), [1, KEYS, d], 128),
         page_v, v_scale, slots, q_scale, offsets, out, lse,
         queries, own, tokens, count, heads, kv_heads, planes, b * heads, cut, scale,
         **constants(splits), num_warps=4,

@@ -91,8 +91,8 @@ class TestForced:
         monkeypatch.setenv(dispatch.FORCE, "fused")
         assert chosen() == ReadPath("fused", tile=SMALL)
 
-    @pytest.mark.parametrize("format", FUSED)
-    def test_reference_end_to_end(self, format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize(("format", "bound"), [("int8", 1e-3), ("bf16", 1e-4), ("fp32", 1e-5)])
+    def test_reference_end_to_end(self, format: str, bound: float, monkeypatch: pytest.MonkeyPatch) -> None:
         """The same video at float64, to float32's precision; bits of its own."""
         latents = []
         for value in ("two-pass", "reference"):
@@ -101,7 +101,7 @@ class TestForced:
             assert rollout.path.name == value
             latents.append(torch.cat([rollout.step_chunk().latents for _ in range(4)], 1))
         # a code that falls to the other side of a tie is a larger step, and bf16 has ties too
-        assert 0 < relative_l2(*latents) <= {"int8": 1e-3, "bf16": 1e-4, "fp32": 1e-5}[format]
+        assert 0 < relative_l2(*latents) <= bound
 
     def test_what_a_rollout_is_made_with_wins(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """And is not asked about again when it forks."""
@@ -121,7 +121,14 @@ class TestObstacles:
         monkeypatch.setattr(jit, "interpreted", lambda: True)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-    @pytest.mark.parametrize("format", [*FUSED, "int8,keep_newest,keep_sinks,value_scale=channel"])
+    @pytest.mark.parametrize(
+        "format",
+        [
+            *FUSED,
+            "int8,keep_newest,keep_sinks,value_scale=channel",
+            "int4,newer=int8:1,keep_newest,hadamard=false,value_scale=channel",
+        ],
+    )
     @pytest.mark.parametrize("head_dim", HEAD_DIMS)
     def test_none(self, head_dim: int, format: str, dtype: torch.dtype) -> None:
         spec = CacheSpec.parse(f"{format},window=9,sink=2")
@@ -148,7 +155,12 @@ class TestObstacles:
     @pytest.mark.parametrize(
         ("spec", "words"),
         [
-            ("int4,hadamard=false", "does not know pages of int4"),
+            ("int2,hadamard=false", "does not know pages of int2"),
+            ("int4,group=32", "int4 pages without group=32"),
+            ("int4,key_scale=channel", "int4 pages without key_scale=channel"),
+            ("int4,keyframe", "int4 pages without keyframe"),
+            ("int4,jensen", "int4 pages without jensen"),
+            ("int4,keep_tokens=0.5", "all their tokens"),
             ("int8,newer=k8v4:3,hadamard=false", "does not know pages of int8"),
             ("int8,keep_tokens=0.5", "all their tokens"),
             ("int8,newer=bf16:1+fp32:1", "one coded format and one plain one"),
@@ -363,6 +375,17 @@ class TestOnAGPU:
         assert len(set(paths)) == len(paths)
         wanted = good_tiles((9, 0), 64, 3 * 24, 24, torch.bfloat16)
         assert [path.tile for path in paths[2:]] == wanted
+
+    def test_hopper_s_kernel(self) -> None:
+        """Reads codes, packed or not, with a scale per token."""
+        geometry = replace(GEOMETRY, head_dim=128)
+        for spec, wanted in {
+            "int8": [1, 2], "int4": [1, 2], "int4,newer=,keep_sinks=false": [1, 2], "bf16": [],
+            "int8,keep_newest": [], "int4,value_scale=channel": [], "int4,keep_newest": [],
+        }.items():  # fmt: skip
+            whole = CacheSpec.parse(f"{spec},window=9,sink=2")
+            tiles = [path.tile for path in candidates(whole, geometry, CUDA, torch.bfloat16)]
+            assert [t.hopper_splits for t in tiles if t and t.hopper_splits] == wanted, spec
 
     def test_all_are_measured_once(self, measured: list[ReadPath]) -> None:
         path = chosen(device=CUDA, dtype=torch.bfloat16)

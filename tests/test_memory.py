@@ -273,6 +273,15 @@ class TestReading:
         plans = [settings_of("self-forcing-1.3b", "int8", window=window).plan() for window in (84, 85)]
         assert plans[1].activation_bytes - plans[0].activation_bytes == long - short
 
+    def test_unpacked_pages_count(self) -> None:
+        """Half of what as many 16-bit pages take, and a scale for each token of each head."""
+        geometry = CacheGeometry(30, 12, 128, 30, 52)
+        short, long = (
+            read_bytes(12, CacheSpec(format="int4", window=window, sink=0), geometry, torch.bfloat16)
+            for window in (84, 85)
+        )
+        assert long - short == 4680 * 12 * (128 + 4) + 2 * 1560 * 12 * (128 + 2)
+
 
 class TestPlacement:
     def plans(self, **changes: Any) -> dict[str, Any]:

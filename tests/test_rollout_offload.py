@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny import build_rollout, build_text, build_transformer
+from tests.tiny import build_rollout, build_text, build_transformer, noise
 from vidkv.cache import CacheSpec, offload, planned_bytes
 from vidkv.errors import CacheSpecError
 from vidkv.memory import plan_memory
@@ -90,7 +90,9 @@ def test_copies_keep_step_with_the_gpu(spec: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("VIDKV_ATTENTION", "two-pass")
     model = build_transformer(num_layers=6, num_attention_heads=8, attention_head_dim=64, ffn_dim=512)
     model = model.to("cuda", torch.bfloat16)
-    offloaded, whole = pair(model, spec, latent_size=(model.config.in_channels, 32, 48))
+    embeds = noise(1, 5, model.config.text_dim).to("cuda", torch.bfloat16)
+    size = model.config.in_channels, 32, 48
+    offloaded, whole = pair(model, spec, latent_size=size, text=model.encode_text(embeds))
     whole.path = offloaded.path
     assert offloaded.cache.offloaded is not None
     for _ in range(36):

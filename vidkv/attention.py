@@ -22,7 +22,7 @@ from vidkv.errors import CacheStateError
 from vidkv.kernels.attention import attend, attend_reference, attend_with_lse, merge
 from vidkv.kernels.gather import Gather
 from vidkv.kernels.jit import triton
-from vidkv.kernels.paged_attention import Tile, attend_pages
+from vidkv.kernels.paged_attention import KINDS, Tile, attend_pages, by_kind
 from vidkv.kernels.rope import rotate_full, spatial_phases, temporal_phases
 from vidkv.kernels.rotary import rotate_chunk
 from vidkv.read_path import REFERENCE, TWO_PASS, ReadPath
@@ -251,15 +251,13 @@ class CachedAttention:
 
     def _read_fused(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Mass]:
         runs = [self.cache.pages(layer, run, temporal) for run, temporal in self.history]
-        coded = next((run for run in runs if run.mean is not None), None)
-        plain = next((run for run in runs if run.mean is None), None)
+        coded, plain, packed = by_kind(runs)
         assert self.path.tile is not None
-        out, lse, per_page = attend_pages(q, k, v, coded, plain, self.path.tile, page_lse=self.scoring)
+        out, lse, per_page = attend_pages(q, k, v, coded, plain, self.path.tile, self.scoring, packed)
         if not self.scoring:
             return out, {}
-        # coded pages come first
-        order = sorted(self.history, key=lambda pair: self.cache.pools[pair[0].pool].format.lossless)
-        frames = [frame for run, _ in order for frame in run.frames]
+        frames_of = {run.kind: read.frames for run, (read, _) in zip(runs, self.history, strict=True)}
+        frames = [frame for kind in KINDS for frame in frames_of.get(kind, ())]
         shares = (per_page - lse[:, :, None]).exp().mean((0, 1, 3))
         return out, dict(zip(frames, shares.unbind(), strict=True))
 

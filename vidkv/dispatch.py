@@ -122,14 +122,15 @@ def fused_obstacle(
     if dtype == torch.float64:
         return "the fused read computes in at most 32 bits, not float64"
     formats = [format for format, _ in planned_pools(spec, geometry, dtype).values()]
-    if any(not format.fused for format in formats):
-        return f"the fused read does not know pages of {spec}"
+    refused = next(filter(None, (format.fused_obstacle() for format in formats)), None)
+    if refused:
+        return refused
     if any(format.tokens != geometry.tokens for format in formats):
         return "the fused read takes pages with all their tokens"
     places = planned_places(spec, geometry, dtype)
     if places is not None and places.staged:
         return f"the fused read takes pages on the device; device_gb={spec.device_gb:g} is less than it reads"
-    if len({format.uses_key_mean for format in formats}) < len(formats):
+    if len({(format.uses_key_mean, format.narrow) for format in formats}) < len(formats):
         return f"the fused read takes pages of one coded format and one plain one, not those of {spec}"
     return None
 
@@ -138,14 +139,13 @@ def hopper_obstacle(
     spec: CacheSpec, geometry: CacheGeometry, device: torch.device, dtype: torch.dtype
 ) -> str | None:
     """Why the fused read's kernel for Hopper cannot be taken where the portable one can, or None."""
-    pools = planned_pools(spec, geometry, dtype)
-    pages = pools["pages"][0]
+    formats = [format for format, _ in planned_pools(spec, geometry, dtype).values()]
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return "Hopper's kernel needs a GPU of compute capability 9.0"
     if dtype not in (torch.float16, torch.bfloat16) or geometry.head_dim != 128 or geometry.tokens % 8:
         return "Hopper's kernel takes 16-bit heads of 128 channels and tokens per frame in multiples of 8"
-    if len(pools) > 1 or not pages.uses_key_mean or spec.value_scale != "token":
-        return "Hopper's kernel takes INT8 pages with a scale per token and no others beside them"
+    if not all(format.uses_key_mean for format in formats) or spec.value_scale != "token":
+        return "Hopper's kernel takes coded pages with a scale per token and no others beside them"
     if not find_spec("triton.experimental.gluon"):
         return "Hopper's kernel needs triton with the Gluon dialect, 3.6 or newer"
     return None

@@ -37,7 +37,7 @@ OFFLOADS: dict[str, Placement] = dict(zip(("none", "text", "model", "group"), PL
 """Placements by their names on the command line."""
 RESIDENT_BLOCKS = 2
 """Blocks on the device while a transformer is streamed: one computes, the next arrives."""
-MERGE_BYTES = 4
+MERGE_BYTES, SCALE_BYTES = 4, 2
 TIED_EMBEDDING = "encoder.embed_tokens.weight"
 REMEDIES = 3
 
@@ -579,8 +579,9 @@ def read_bytes(heads: int, spec: CacheSpec, g: CacheGeometry, dtype: torch.dtype
     """Scratch of one layer's read, by the read path that takes most.
 
     A two-pass read holds one segment of keys and values decoded and turned, and two float32 partial outputs
-    with the running one; a fused read of codes holds the queries turned to every page, coded, and up to two
-    partial outputs. Both hold the current chunk's own keys and values.
+    with the running one; a fused read of codes holds the queries turned to every page, coded, and up to three
+    partial outputs; of packed codes also those pages unpacked. Both hold the current chunk's own keys and
+    values.
 
     Args:
         heads: query heads.
@@ -589,9 +590,13 @@ def read_bytes(heads: int, spec: CacheSpec, g: CacheGeometry, dtype: torch.dtype
     segment = 3 * 2 * g.batch * spec.segment * g.tokens * g.kv_heads * d * dtype.itemsize
     two_pass = segment + 3 * tokens * heads * d * MERGE_BYTES
     fused = 0
-    if any(f.fused and f.uses_key_mean for f, _ in planned_pools(spec, g, dtype).values()):
-        turned = (spec.attended - g.chunk_frames) * tokens * heads * (d + MERGE_BYTES)
-        fused = turned + 3 * tokens * heads * d * dtype.itemsize
+    pages = spec.attended - g.chunk_frames
+    coded = [(f, slots) for f, slots in planned_pools(spec, g, dtype).values() if f.fused and f.uses_key_mean]
+    if coded:
+        packed = min(pages, sum(slots for f, slots in coded if f.narrow))
+        fused = pages * tokens * heads * (d + MERGE_BYTES)
+        fused += packed * 2 * g.batch * g.tokens * g.kv_heads * (d + SCALE_BYTES)
+        fused += (4 if packed else 3) * tokens * heads * d * dtype.itemsize
     current = 2 * tokens * g.kv_heads * d * dtype.itemsize
     return int(max(two_pass, fused) + current)
 

@@ -81,10 +81,10 @@ def test_the_fused_rows_are_right() -> None:
     assert "fused" not in report["left_out"]
 
 
-@pytest.mark.parametrize("kv_format", ["int8", "bf16"])
-def test_wrong_pages_make_a_large_error(kv_format: str) -> None:
+@pytest.mark.parametrize(("kv_format", "window"), [("int8", 9), ("bf16", 9), ("int4", 18)])
+def test_wrong_pages_make_a_large_error(kv_format: str, window: int) -> None:
     """What the error column could not see would not be worth its width."""
-    one = Inputs(make_setting("bounce", 9, kv_format, "cpu"))
+    one = Inputs(make_setting("bounce", window, kv_format, "cpu"))
     head = one.setting.heads - 1
     exact = one.exact(head)
 
@@ -135,6 +135,16 @@ def test_what_cannot_run_is_a_row(
     code, stdout, stderr = run(capsys, *arguments)
     assert code == 0, stderr
     assert "no room for [/b]" in stdout and "two-pass cpu" in stdout and "device copy" in stdout
+
+
+@pytest.mark.parametrize("kv_format", ["int4", "bf16"])
+def test_other_formats_have_their_own_defaults(kv_format: str) -> None:
+    """Below eight bits there are kept pages and newer ones; beside them others are measured without."""
+    setting = make_setting("bounce", 9, kv_format, "cpu")
+    for name in ("int4", "int8", "bf16"):
+        spec = setting.with_format(name).spec
+        assert str(spec) == f"{name},window=9,sink=3"
+        assert (spec.newer, spec.keep_sinks) == (("int8:3", True) if name == "int4" else ("", False))
 
 
 REFUSED = {

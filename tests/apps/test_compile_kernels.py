@@ -23,7 +23,7 @@ from vidkv.kernels.tiles import good_tiles, tile_space
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs triton, which is not installed"
 )
-KERNELS = {"encode", "fused", "turn", "commit", "decode", "rotate", "merge"}
+KERNELS = {"encode", "fused", "turn", "unpack", "commit", "decode", "rotate", "merge"}
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:

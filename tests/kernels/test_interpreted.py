@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path(__file__).parent / "interpreted"
 FLOORS = {
     "test_paged_attention.py": 100,
+    "test_paged_attention_packed.py": 18,
     "test_packed.py": 50,
     "test_pages.py": 180,
     "test_rollout_fused.py": 25,

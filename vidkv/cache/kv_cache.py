@@ -358,7 +358,8 @@ class KVCache:
         """
         pool = self._reading(layer, run)
         stored = pool.format.layer(pool.storage, layer)
-        return PageRun(stored, run.slots, temporal, self._mean(layer, pool.format))
+        turned = pool.format.narrow and self.spec.hadamard
+        return PageRun(stored, run.slots, temporal, self._mean(layer, pool.format), turned)
 
     def expect(self, segments: Sequence[Segment], again: bool) -> None:
         """Say in which order every layer reads, so that what lies on the host is on its way in time.

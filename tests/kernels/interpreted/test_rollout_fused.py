@@ -103,7 +103,7 @@ class TestBesideTwoPass:
         model: CausalWanTransformer3DModel,
         bound: float,
         seeds: tuple[int, ...] = (7,),
-    ) -> None:
+    ) -> tuple[Rollout, Rollout]:
         fused, plain = (rollout_on(path, patch, format, model, seeds) for path in ("fused", "two-pass"))
         for given in clip(4, len(seeds)):
             for rollout in (fused, plain):
@@ -114,14 +114,27 @@ class TestBesideTwoPass:
         for name in ("pages_read", "lossy_pages_read"):
             assert getattr(fused.cache, name) == getattr(plain.cache, name)
         assert fused.cache.pages_read > 0
-        assert (fused.cache.lossy_pages_read > 0) is format.startswith("int8")
+        assert (fused.cache.lossy_pages_read > 0) is format.startswith("int")
         fused.cache.check_integrity()
+        return fused, plain
 
     @pytest.mark.parametrize("format", FORMATS)
     def test_formats(
         self, format: str, model: CausalWanTransformer3DModel, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         self.agree(monkeypatch, format, model, FORMATS[format])
+
+    def test_three_kinds_of_pages(
+        self, model: CausalWanTransformer3DModel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """And what each frame gets of the attention, by which frames leave."""
+        format = "int4,newer=int8:1,keep_newest,keep_sinks=false,policy=h2o,fit=largest"
+        fused, plain = self.agree(monkeypatch, format, model, FORMATS["int8"])
+        frames = fused.cache.layout.resident
+        assert len({fused.cache.format_of(frame) for frame in frames}) == 3
+        scores = plain.cache.layout.scores
+        assert fused.cache.layout.scores == pytest.approx(scores, rel=1e-3)
+        assert len({round(score, 2) for score in scores.values()}) == len(scores) > 2
 
     @pytest.mark.parametrize("format", ["fp32", "int8,keep_newest"])
     def test_grouped_heads(self, format: str, monkeypatch: pytest.MonkeyPatch) -> None:

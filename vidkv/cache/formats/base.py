@@ -29,7 +29,8 @@ class PageFormat(ABC):
         uses_key_mean: `write` and `read` need the frozen mean (batch, kv_heads, head_dim), or one for each
             place (batch, kv_heads, tokens, head_dim) with a `keyframe`.
         narrow: it has fewer than eight bits a channel.
-        fused: the fused read takes these pages as they are (`kernels.paged_attention.PageRun`).
+        fused: the fused read takes these pages as they are (`kernels.paged_attention.PageRun`), unless
+            `fused_obstacle` says otherwise of their settings.
     """
 
     lossless: bool
@@ -66,6 +67,10 @@ class PageFormat(ABC):
         Args:
             temporal: frame phases (m, pairs) to turn keys by; None leaves them.
         """
+
+    def fused_obstacle(self) -> str | None:
+        """Why the fused read does not take these pages, or None."""
+        return None if self.fused else f"the fused read does not know pages of {self.spec}"
 
     def key_noise(self, storage: Storage, layer: int, slots: Tensor) -> Tensor | None:
         """Mean squared error of a channel of the keys (pages, batch, kv_heads); None where it is not kept."""

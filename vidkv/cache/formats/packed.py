@@ -1,4 +1,4 @@
-"""Pages of two to eight bits, for keys and values apart: storage formats, decoded before they are read."""
+"""Pages of two to eight bits, for keys and values apart: storage formats, which most reads decode."""
 
 from __future__ import annotations
 
@@ -110,9 +110,22 @@ def _placed(mean: Tensor) -> Tensor:
 
 
 class Int4(Packed):
-    """Half the bytes of INT8."""
+    """Half the bytes of INT8. The fused read takes pages whose keys have a scale per token."""
 
+    fused = True
     key_bits = value_bits = 4
+
+    def fused_obstacle(self) -> str | None:
+        spec = self.spec
+        unread = {
+            f"group={spec.group}": self.group != self.geometry.head_dim,
+            "key_scale=channel": spec.key_scale == "channel",
+            "keyframe": spec.keyframe,
+            "jensen": spec.jensen,
+        }
+        for setting in (name for name, given in unread.items() if given):
+            return f"the fused read takes int4 pages without {setting}"
+        return super().fused_obstacle()
 
 
 class Int2(Packed):
