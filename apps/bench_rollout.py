@@ -140,6 +140,7 @@ def rollout_benchmark(
     profiled: bool = True,
     graphs: bool = False,
     tell: Tell = lambda done, total, what: None,
+    cache: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Roll random weights out until the window is full, then measure chunks.
 
@@ -156,6 +157,7 @@ def rollout_benchmark(
         graphs: vidkv's denoising passes are replayed as CUDA graphs (`Rollout.record_passes`); phases are
             those of passes that are not.
         baseline: also time the stock loop.
+        cache: further cache settings.
         profiled: also say where a pass's time goes.
 
     Returns:
@@ -167,7 +169,7 @@ def rollout_benchmark(
     """
     if chunks < 1:
         raise InputError(f"chunks={chunks}: measure at least 1")
-    setup = make_setup(model, window, sink, kv_format, height, width, steps, device)
+    setup = make_setup(model, window, sink, kv_format, height, width, steps, device, cache)
     check_room(setup)
     try:
         with torch.no_grad():
@@ -190,6 +192,7 @@ def make_setup(
     width: int | None = None,
     steps: int | None = None,
     device: str = "auto",
+    cache: Mapping[str, Any] | None = None,
 ) -> Setup:
     """Look a model up and apply changes.
 
@@ -208,7 +211,7 @@ def make_setup(
         "window": entry.window if window is None else window,
         "sink": entry.sink if sink is None else sink,
         "positions": entry.positions,
-    })  # fmt: skip
+    } | dict(cache or {}))  # fmt: skip
     spec.capacity(entry.chunk_frames)
     rows, columns = pixel_size(entry, height, width)
     latent = latent_size(entry, rows, columns)
@@ -317,6 +320,7 @@ def _own_memory(
     return {
         "kv_predicted_bytes": setup.kv_bytes,
         "kv_resident_bytes": rollout.kv_bytes,
+        "kv_host_bytes": rollout.cache.host_nbytes,
         "weights_bytes": _nbytes(networks.transformer) + _nbytes(networks.vae),
         **_peak(setup.device),
     }

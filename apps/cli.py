@@ -254,6 +254,7 @@ def bench_rollout(
     window: Window = None,
     sink: Sink = None,
     kv_format: KvFormat = None,
+    cache: Cache = None,
     height: Height = None,
     width: Width = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps instead of the model's own.")] = None,
@@ -273,7 +274,7 @@ def bench_rollout(
     """Cost and memory per chunk over a long rollout, formats in turn; or speed with --random-weights."""
     choices = {
         "--window": window, "--sink": sink, "--kv-format": kv_format, "--height": height, "--width": width,
-        "--steps": steps, "--compile": compiled, "--graphs": graphs, "--baseline": baseline,
+        "--steps": steps, "--cache": cache, "--compile": compiled, "--graphs": graphs, "--baseline": baseline,
         "--profile": profiled,
     }  # fmt: skip
     if random_weights:
@@ -287,6 +288,7 @@ def bench_rollout(
             report = rollout_benchmark(
                 model, window, sink, kv_format, height, width, chunks or 6, steps, device, bool(compiled),
                 baseline is not False, profiled is not False, bool(graphs), line.step_done,
+                _cache_changes(cache, kv_format, window, sink),
             )  # fmt: skip
         if as_json:
             emit(report, True, "")
