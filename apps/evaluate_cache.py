@@ -155,7 +155,7 @@ def evaluate_pipeline(pipe: CausalVideoPipeline, options: Options, tell: Tell) -
     seeds = options.seeds or (QUICK_SEEDS if options.quick else SEEDS)
     world = world_of(pipe.config.prompt_grammar)
     trials = _trials(pipe, options.specs or SPECS)
-    work = _work(world, seeds, chunks)
+    work = work_of(world, seeds, chunks)
     with reading(options.workers) as read:
         records = run_trials(pipe, work, trials, chunks, options.batch, world is not None, tell, read)
     reference = records[trials[0].name]
@@ -209,7 +209,8 @@ def _trials(pipe: CausalVideoPipeline, texts: Sequence[str]) -> list[Trial]:
     return [Trial(str(spec), spec) for spec in specs]
 
 
-def _work(world: World | None, seeds: int, chunks: int) -> list[Work]:
+def work_of(world: World | None, seeds: int, chunks: int) -> list[Work]:
+    """Videos to make: scenes of the embedded world, or SENTENCES in turn."""
     if world is None:
         return [FreeTask(SENTENCES[i % len(SENTENCES)], 1000 + i) for i in range(seeds)]
     return [*tasks(seeds, world, chunks, mix=MIX)]
@@ -358,7 +359,7 @@ def _controls(
     chunks = min(chunks, CONTROL_CHUNKS)
     spec = pipe.default_cache()
     if world is None:
-        work = _work(None, CONTROL_ROLLOUTS, chunks)
+        work = work_of(None, CONTROL_ROLLOUTS, chunks)
     else:
         work = [*tasks(CONTROL_ROLLOUTS, world, chunks, seed=5000, mix=CONTROL_MIX)]
     honest = Trial("honest", spec)

@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from vidkv.cache.formats import FORMATS
-from vidkv.cache.kv_cache import KVCache, Run, Segment
+from vidkv.cache.kv_cache import KVCache, Run, Segment, of_heads
 from vidkv.cache.layout import Layout, OpenChunk
 from vidkv.cache.spec import CacheGeometry, CacheSpec
 from vidkv.errors import CacheStateError
@@ -157,6 +157,8 @@ class CachedAttention:
     Scratch is one segment, whatever the window. *reference* is the same at float64. *fused*: one kernel
     reads the pages where they lie (`kernels.paged_attention`).
 
+    Heads whose pages the cache does not keep attend to the chunk alone.
+
     Args:
         cache: with an open chunk.
         path: how to read; it must not change within a rollout, whose bits depend on it.
@@ -219,13 +221,30 @@ class CachedAttention:
         frames = q.shape[1]
         turned, own_k = (rotate_chunk(x, self.own, self.spatial) for x in (q, k))
         own_v = rearrange(v, "b f s n d -> b n (f s) d")
-        read = self._read_fused if self.path.name == "fused" else self._read_segments
+        read = self._read_parted if self.cache.heads else self._read
         out, mass = read(layer, turned, own_k, own_v)
         if self.commit:
             self.cache.observe(layer, q, k, mass)
             k, v = (rearrange(x, "b f s n d -> b n f s d") for x in (k, v))
             self.cache.write(layer, k, v, self.spatial)
         return rearrange(out, "b n (f s) d -> b f s n d", f=frames)
+
+    def _read(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Mass]:
+        read = self._read_fused if self.path.name == "fused" else self._read_segments
+        return read(layer, q, k, v)
+
+    def _read_parted(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Mass]:
+        """Heads without pages read the chunk alone, the others as ever."""
+        assert self.cache.heads is not None
+        kv_heads, (reading, local) = k.shape[1], self.cache.heads[layer]
+        part, mass = self._read(layer, *(of_heads(x, 1, reading, kv_heads) for x in (q, k, v)))
+        alone = [of_heads(x, 1, local, kv_heads) for x in (q, k, v)]
+        rest = attend(*alone) if self.path.name == "fused" else self._part(*alone)[0]
+        out = torch.empty_like(q)
+        groups = out.view(len(q), kv_heads, -1, *q.shape[2:])
+        for heads, found in ((reading, part), (local, rest)):
+            groups.index_copy_(1, heads, found.to(q.dtype).reshape(len(q), len(heads), *groups.shape[2:]))
+        return out, {frame: share * len(reading) / kv_heads for frame, share in mass.items()}
 
     def _read_segments(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Mass]:
         out, lse = self._part(q, k, v)

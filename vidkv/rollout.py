@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from numbers import Integral
 from types import TracebackType
 from typing import Any, get_args
@@ -24,6 +24,7 @@ from vidkv.dispatch import check as check_path
 from vidkv.dispatch import choose as choose_path
 from vidkv.errors import CacheStateError, InputError, NumericsError, ResourceError, StateError
 from vidkv.graphs import RecordedPasses
+from vidkv.heads import head_order
 from vidkv.models.vae import pixel_frames
 from vidkv.models.wan import CausalWanTransformer3DModel, TextContext
 from vidkv.noise import CounterNoise, NoiseSource
@@ -201,6 +202,7 @@ class Rollout:
         self.decoder = decoder
         self.recompute_context, self.context_encoder = recompute_context, context_encoder
         geometry = CacheGeometry.of_model(transformer.config, height, width, chunk_frames, len(self.seeds))
+        geometry = replace(geometry, head_order=head_order(transformer.history_share))
         heads = transformer.config.num_attention_heads
         self.path = path or choose_path(spec, geometry, heads, self.device, self.dtype)
         self._pools = pools

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from tests.tiny import build_geometry, noise, relative_l2
 from vidkv.attention import CachedAttention, _noise_gain
 from vidkv.cache import CacheGeometry, CacheSpec, KVCache
 from vidkv.cache.prune import most_different
+from vidkv.cache.snapshot import CacheSnapshot
+from vidkv.errors import CacheSpecError, StateError
 from vidkv.kernels.rope import rotate_spatial, spatial_phases
 from vidkv.read_path import REFERENCE, TWO_PASS, ReadPath
 
@@ -206,6 +209,82 @@ class TestPruning:
         anchors = half.means["keyframe"].nbytes
         assert half.nbytes - anchors < 0.6 * whole.nbytes
         assert half.bytes_per_frame * 2 == whole.bytes_per_frame
+
+
+class TestLocalHeads:
+    GEOMETRY = build_geometry(
+        layers=2, kv_heads=2, head_dim=12, height=2, width=3, chunk_frames=2, head_order=((1, 0), (0, 1))
+    )
+
+    def test_mass_is_that_of_all_heads(self) -> None:
+        """Local heads give the history nothing: shares are half of what the other heads give."""
+        chunks = [chunk(i) for i in range(4)]
+        parted = cache_of("fp32,window=14,sink=2,policy=snapkv,local_heads=1", self.GEOMETRY)
+        run(parted, chunks)
+        # layer 0 keeps head 0, layer 1 head 1: each of them in a cache of its own
+        shares: dict[int, float] = dict.fromkeys(parted.layout.scores, 0.0)
+        for head in range(2):
+            one = build_geometry(layers=1, kv_heads=1, head_dim=12, height=2, width=3, chunk_frames=2)
+            cache = cache_of("fp32,window=14,sink=2,policy=snapkv", one)
+            mine = slice(2 * head, 2 * head + 2)
+            run(cache, [(q[..., mine, :], k[..., [head], :], v[..., [head], :]) for q, k, v in chunks])
+            for frame, share in cache.layout.scores.items():
+                shares[frame] += share / 4
+        assert shares and parted.layout.scores == pytest.approx(shares)
+
+    def test_a_selection_goes_by_the_heads_with_pages(self) -> None:
+        cache = cache_of("fp32,window=12,sink=2,select=8,local_heads=1", self.GEOMETRY)
+        chunks = [chunk(i) for i in range(9)]
+        run(cache, chunks)
+        evidence = cache.evidence
+        assert evidence is not None and evidence.keys.shape[2:] == (1, 1, 12)
+        q, _, _ = chunks[-1]
+        for layer, head in ((0, 0), (1, 1)):
+            frame, row = next(iter(evidence.rows.items()))
+            wanted = chunks[frame // 2][1][:, frame % 2, :, head].mean(1)
+            torch.testing.assert_close(evidence.keys[row, layer, :, 0], wanted.half(), rtol=1e-2, atol=1e-3)
+            groups = q[..., 2 * head : 2 * head + 2, :].mean((1, 2, 3))
+            torch.testing.assert_close(evidence.queries[layer, :, 0], groups)
+
+    def test_pruning_and_keyframes_know_the_heads_with_pages(self) -> None:
+        for settings in ("fp32,keep_tokens=0.5", "int2,hadamard=false,keyframe,newer=,jensen"):
+            cache = cache_of(f"{settings},window=12,sink=2,local_heads=1", self.GEOMETRY)
+            run(cache, [chunk(i) for i in range(6)])
+            turned = rotate_spatial(chunk(0)[1], spatial_phases(12, 2, 3))
+            for layer, head in ((0, 0), (1, 1)):
+                wanted = turned[..., head, :].mean(1)
+                assert relative_l2(cache.means["keyframe"][layer, :, 0], wanted) < 1e-2
+
+    def test_state_forks_and_snapshots(self) -> None:
+        spec = "int8,window=12,sink=2,local_heads=1"
+        cache = cache_of(spec, self.GEOMETRY)
+        run(cache, [chunk(i) for i in range(4)])
+        restored, forked, given = cache_of(spec, self.GEOMETRY), cache.fork(), cache.fork()
+        restored.restore(*cache.state_tensors())
+        snapshot = CacheSnapshot(cache)
+        run(given, [chunk(8)])
+        snapshot.give(given)
+        outputs = []
+        for other in (cache, restored, forked, given):
+            other.begin(2)
+            outputs.append(CachedAttention(other).layer(1)(*chunk(9)))
+        assert all(torch.equal(out, outputs[0]) for out in outputs[1:])
+
+    def test_pages_of_other_heads_are_refused(self) -> None:
+        spec = "int8,window=12,sink=2,local_heads=1"
+        cache = cache_of(spec, self.GEOMETRY)
+        run(cache, [chunk(0)])
+        tensors, header = cache.state_tensors()
+        other = cache_of(spec, replace(self.GEOMETRY, head_order=((0, 1), (0, 1))))
+        with pytest.raises(StateError, match=r"heads \[\[0\], \[1\]\].*\[\[1\], \[1\]\]"):
+            other.restore(tensors, header)
+        del header["heads"]
+        with pytest.raises(StateError, match="no 'heads'"):
+            cache.restore(tensors, header)
+
+    def test_unmeasured_heads_are_an_error(self) -> None:
+        with pytest.raises(CacheSpecError, match="vidkv eval heads"):
+            cache_of("int8,window=12,local_heads=1")
 
 
 class TestJensen:

@@ -22,7 +22,7 @@ from vidkv.cache.pool import PagePool
 from vidkv.cache.prune import most_different
 from vidkv.cache.saved import check_tensor, entry, whole_numbers
 from vidkv.cache.spec import CacheGeometry, CacheSpec
-from vidkv.cache.tiers import has_places, planned_pools, planned_tiers
+from vidkv.cache.tiers import has_places, history_heads, page_geometry, planned_pools, planned_tiers
 from vidkv.errors import CacheSpecError, CacheStateError, StateError
 from vidkv.kernels.paged_attention import PageRun
 from vidkv.kernels.rope import rotate_last
@@ -91,7 +91,7 @@ def _means(
     spec: CacheSpec, g: CacheGeometry, pools: Mapping[str, tuple[PageFormat, int]]
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of what is frozen at the first commit: mean keys, of all places and of each."""
-    heads = g.layers, g.batch, g.kv_heads
+    heads = g.layers, g.batch, page_geometry(spec, g).kv_heads
     means: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     if any(format.uses_key_mean for format, _ in pools.values()):
         means["key_mean"] = (*heads, g.head_dim), torch.float32
@@ -121,6 +121,9 @@ class KVCache:
         dtype: compute dtype: what reads return and 16-bit pages hold.
         pools: pools of another cache to share, in which room is reserved; by default the cache allocates
             its own.
+
+    Attributes:
+        heads: by layer, int64 on its device: the kv heads that keep pages, and the others; None if all do.
     """
 
     def __init__(
@@ -133,6 +136,10 @@ class KVCache:
     ) -> None:
         self.spec, self.geometry, self.device, self.dtype = spec, geometry, torch.device(device), dtype
         self.layout = Layout(spec, geometry.chunk_frames)
+        self._kept_heads = history_heads(spec, geometry)
+        self.heads: list[tuple[Tensor, Tensor]] | None = None
+        if self._kept_heads:
+            self.heads = [self._parted(kept) for kept in self._kept_heads]
         self.tiers = planned_tiers(spec, geometry, dtype)
         self.plan = {tier.name: (tier.format, tier.slots) for tier in reversed(self.tiers)}
         if pools is None:
@@ -159,6 +166,11 @@ class KVCache:
         self._commit: _Commit | None = None
         self.pages_read = 0
         self.lossy_pages_read = 0
+
+    def _parted(self, kept: Sequence[int]) -> tuple[Tensor, Tensor]:
+        others = [head for head in range(self.geometry.kv_heads) if head not in kept]
+        here, local = (torch.tensor(heads, device=self.device) for heads in (kept, others))
+        return here, local
 
     @property
     def nbytes(self) -> int:
@@ -244,7 +256,8 @@ class KVCache:
             temporal: frame phases (pages, time pairs) of each run, to turn keys by; None leaves them.
 
         Returns:
-            k, v: (batch, kv_heads, keys, head_dim) in the compute dtype, page after page.
+            k, v: (batch, kv_heads, keys, head_dim) in the compute dtype, page after page; of the heads that
+            keep pages.
         """
         parts = []
         for index, run in enumerate(segment):
@@ -301,6 +314,8 @@ class KVCache:
         assert self._commit is not None and self.opened is not None
         start = self.opened.start
         if self.evidence:
+            if self.heads:
+                q, k = (of_heads(x, 3, self.heads[layer][0], self.geometry.kv_heads) for x in (q, k))
             self.evidence.take(layer, range(start, start + self.opened.frames), q, k)
         for frame, share in (mass or {}).items():
             self._commit.mass[frame] = self._commit.mass.get(frame, 0) + share / self.geometry.layers
@@ -317,6 +332,8 @@ class KVCache:
         if layer in self._commit.written:
             raise CacheStateError(f"layer {layer} of this chunk is committed already")
         self._commit.written.add(layer)
+        if self.heads:
+            k, v = (x.index_select(1, self.heads[layer][0]) for x in (k, v))
         if self.means and not self._mean_frozen:
             self._freeze_means(layer, k, spatial)
         for demotion in self._commit.demotions:
@@ -397,6 +414,8 @@ class KVCache:
             "next_frame": self.layout.next_frame,
             "mean_frozen": self._mean_frozen,
         }
+        if self._kept_heads:
+            header["heads"] = self._kept_heads
         return tensors, header
 
     def restore(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
@@ -450,6 +469,11 @@ class KVCache:
             raise StateError(f"the saved cache settings cannot be read: {error}") from None
         if saved != self.spec:
             raise StateError(f"the state was saved with the cache {saved}, this rollout has {self.spec}")
+        if self._kept_heads and entry(header, "heads", list) != self._kept_heads:
+            raise StateError(
+                f"the saved pages are those of the heads {header['heads']!s:.60}, this model keeps "
+                f"{self._kept_heads!s:.60}: its heads were measured anew; start again"
+            )
         next_frame, frozen = entry(header, "next_frame", int), entry(header, "mean_frozen", bool)
         resident = [tuple(pair) if isinstance(pair, list) else () for pair in entry(header, "resident", list)]
         if any([type(part) for part in pair] != [int, str] for pair in resident):
@@ -621,6 +645,17 @@ class KVCache:
         self._mean_frozen = True
         self.state = State.IDLE
         self._forget_chunk()
+
+
+def of_heads(x: Tensor, dim: int, heads: Tensor, kv_heads: int) -> Tensor:
+    """Of an axis of heads, or of query heads that share kv heads in equal groups, those of some kv heads.
+
+    Args:
+        heads: which, (n,) int64.
+        kv_heads: how many there are.
+    """
+    groups = x.reshape(*x.shape[:dim], kv_heads, -1, *x.shape[dim + 1 :])
+    return groups.index_select(dim, heads).flatten(dim, dim + 1)
 
 
 def _scores(header: Mapping[str, Any]) -> list[float | None]:

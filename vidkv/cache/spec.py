@@ -54,6 +54,8 @@ class CacheSpec(BaseModel):
         select: latent frames attended of those in the window, sinks and current chunk included: half of the
             others are the newest, half those whose mean keys meet the last chunk's queries best. 0: all.
         segment: pages that a two-pass read brings into scratch at a time.
+        local_heads: kv heads of every layer that keep no pages and read the current chunk alone: those that
+            were found to read least of the history (`vidkv eval heads`; Dummy Forcing, 2601.20499).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -76,6 +78,7 @@ class CacheSpec(BaseModel):
     keep_tokens: float = Field(default=1.0, gt=0, le=1)
     select: int = Field(default=0, ge=0)
     segment: int = Field(default=6, ge=1)
+    local_heads: int = Field(default=0, ge=0)
 
     @model_validator(mode="before")
     @classmethod
@@ -234,6 +237,8 @@ class CacheGeometry:
         height, width: tokens per column and row of one latent frame.
         chunk_frames: latent frames of the largest chunk.
         batch: independent videos whose pages lie side by side.
+        head_order: kv heads of every layer, those first that read least of the history; empty where that has
+            not been measured (`vidkv eval heads`).
     """
 
     layers: int
@@ -243,6 +248,7 @@ class CacheGeometry:
     width: int
     chunk_frames: int = 3
     batch: int = 1
+    head_order: tuple[tuple[int, ...], ...] = ()
 
     @property
     def tokens(self) -> int:

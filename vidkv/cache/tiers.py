@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -41,6 +41,7 @@ def planned_tiers(spec: CacheSpec, geometry: CacheGeometry, dtype: torch.dtype) 
     Raises:
         CacheSpecError: the settings do not fit these pages.
     """
+    geometry = page_geometry(spec, geometry)
     final = FORMATS[spec.format](spec, geometry, _tokens(spec, geometry))
     capacity = spec.capacity(geometry.chunk_frames)
     full = not final.lossless and (spec.keep_newest or (spec.keep_sinks and not spec.tiers))
@@ -68,6 +69,37 @@ def planned_pools(
     """The pools that a cache allocates, by name: (format, slots); see `planned_tiers`."""
     tiers = planned_tiers(spec, geometry, dtype)
     return {tier.name: (tier.format, tier.slots) for tier in reversed(tiers)}
+
+
+def page_geometry(spec: CacheSpec, geometry: CacheGeometry) -> CacheGeometry:
+    """The geometry with the kv heads that keep pages.
+
+    Raises:
+        CacheSpecError: none would.
+    """
+    if spec.local_heads >= geometry.kv_heads:
+        raise CacheSpecError(
+            f"local_heads={spec.local_heads} of {geometry.kv_heads} kv heads: at least one must read the "
+            f"history; say at most {geometry.kv_heads - 1}"
+        )
+    return replace(geometry, kv_heads=geometry.kv_heads - spec.local_heads)
+
+
+def history_heads(spec: CacheSpec, geometry: CacheGeometry) -> list[list[int]] | None:
+    """By layer, the kv heads that keep pages, ascending; None if all do.
+
+    Raises:
+        CacheSpecError: none would, or it has not been measured which heads read least of the history.
+    """
+    page_geometry(spec, geometry)
+    if not spec.local_heads:
+        return None
+    if not geometry.head_order:
+        raise CacheSpecError(
+            f"local_heads={spec.local_heads}: it is not known which heads of this model read least of the "
+            "history; run `vidkv eval heads --model MODEL --write` first, or leave local_heads out"
+        )
+    return [sorted(order[spec.local_heads :]) for order in geometry.head_order]
 
 
 def newest_frames(spec: CacheSpec, chunk_frames: int) -> int:
