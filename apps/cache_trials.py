@@ -111,6 +111,7 @@ class Record:
             other trials; None elsewhere.
         live_bytes: the cache and all tensors alive while its last chunk was denoised and committed, at most.
         lossy_pages_read: in all.
+        sampled_scores: in all, see `ChunkStats`.
         attention: (layers,) of every video, by probed chunk: see `SideBySide`.
         latent_error: of every video, by probed chunk: see `latent_error`.
     """
@@ -124,6 +125,7 @@ class Record:
     allocated_bytes: int | None = None
     live_bytes: int = 0
     lossy_pages_read: int = 0
+    sampled_scores: int = 0
     attention: dict[int, list[Floats]] = field(default_factory=dict)
     latent_error: dict[int, list[float]] = field(default_factory=dict)
 
@@ -250,6 +252,7 @@ def _made(rollout: Rollout, given: Tensor | None, record: Record) -> Chunk:
         record.allocated_bytes = max(record.allocated_bytes or 0, peak)
     record.kv_bytes = max(record.kv_bytes, made.stats.kv_bytes)
     record.lossy_pages_read += made.stats.lossy_pages_read
+    record.sampled_scores += made.stats.sampled_scores
     if made.index:
         record.seconds.append(made.stats.denoise_s + made.stats.commit_s)
     return made

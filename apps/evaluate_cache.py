@@ -61,6 +61,7 @@ SPECS = (
     "int2,newer=,keep_sinks=false",
     "int2,newer=,keep_sinks=false,fit=largest,jensen",
     "int8,keep_tokens=0.5",
+    "int8,keep_tokens=0.5,keep_by=mass",
     "bf16,policy=sliding_window,sink=0",
     "int8,window=15",
     "int8,window=15,policy=h2o",
@@ -221,9 +222,10 @@ def _entry(
 ) -> dict[str, Any]:
     """One cache of the report.
 
-    `bytes` (per video; a latent frame's over all layers), `time`, `attention_error` and `latent_psnr_db` with
-    the reference's history, `divergence` and `picture` of free runs; in the embedded world `metrics`,
-    `difference` to the reference's, `identity_difference` by chunk and `breaks_at_chunk`.
+    `bytes` (per video; a latent frame's over all layers), `sampled_scores` of a video's chunk (`ChunkStats`),
+    `time`, `attention_error` and `latent_psnr_db` with the reference's history, `divergence` and `picture` of
+    free runs; in the embedded world `metrics`, `difference` to the reference's, `identity_difference` by
+    chunk and `breaks_at_chunk`.
     """
     spec, attention = trial.spec, record.attention_by_video
     by_layer, (error, low, high) = attention.mean(0), bootstrap_ci(attention.mean(1))
@@ -233,6 +235,7 @@ def _entry(
         "spec": trial.name,
         "settings": spec.model_dump(),
         "lossy_pages_read": record.lossy_pages_read,
+        "sampled_scores": record.sampled_scores / sum(map(len, record.picture["luma"])),
         "bytes": _bytes(pipe, spec, record, videos),
         "time": {
             "chunk_ms": 1e3 * float(np.median(record.seconds)),

@@ -19,13 +19,13 @@ from vidkv.cache.evidence import Evidence, evidence_bytes
 from vidkv.cache.formats.base import PageFormat
 from vidkv.cache.layout import Layout, OpenChunk
 from vidkv.cache.pool import PagePool
-from vidkv.cache.prune import most_different
+from vidkv.cache.prune import attention_mass, difference, largest
 from vidkv.cache.saved import check_tensor, entry, whole_numbers
 from vidkv.cache.spec import CacheGeometry, CacheSpec
 from vidkv.cache.tiers import has_places, history_heads, page_geometry, planned_pools, planned_tiers
 from vidkv.errors import CacheSpecError, CacheStateError, StateError
 from vidkv.kernels.paged_attention import PageRun
-from vidkv.kernels.rope import rotate_last
+from vidkv.kernels.rope import rotate_last, temporal_phases
 
 
 class State(Enum):
@@ -166,6 +166,7 @@ class KVCache:
         self._commit: _Commit | None = None
         self.pages_read = 0
         self.lossy_pages_read = 0
+        self.sampled_scores = 0
 
     def _parted(self, kept: Sequence[int]) -> tuple[Tensor, Tensor]:
         others = [head for head in range(self.geometry.kv_heads) if head not in kept]
@@ -183,6 +184,11 @@ class KVCache:
     def scored(self) -> bool:
         """Whether the clean pass is to measure what each page gets of the attention."""
         return self.layout.policy.scored
+
+    @property
+    def samples(self) -> bool:
+        """Whether the clean pass is to hand some of its queries over, to choose the tokens that stay by."""
+        return self.spec.keep_by == "mass"
 
     @property
     def bytes_per_frame(self) -> int:
@@ -304,14 +310,24 @@ class KVCache:
             return None
         return self.means["keyframe" if format.narrow and self.spec.keyframe else "key_mean"][layer]
 
-    def observe(self, layer: int, q: Tensor, k: Tensor, mass: Mapping[int, Tensor] | None = None) -> None:
+    def observe(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        mass: Mapping[int, Tensor] | None = None,
+        sampled: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         """Take in what the clean pass shows of one layer.
 
         Args:
             q, k: of the chunk (batch, frames, tokens, heads, head_dim), k with kv_heads; not rotated.
             mass: by frame, its share of the attention, mean over videos, heads and queries.
+            sampled: some queries (batch, heads, queries, head_dim), turned, and their log-sum-exps (batch,
+                heads, queries), of the heads that keep pages.
         """
         assert self._commit is not None and self.opened is not None
+        self._commit.sampled = sampled
         start = self.opened.start
         if self.evidence:
             if self.heads:
@@ -359,8 +375,20 @@ class KVCache:
         kept = pool.format.tokens
         if kept < k.shape[3]:
             k, spatial = k if spatial is None else rotate_last(k, spatial), None
-            k, v = most_different(k, v, self.means["keyframe"][layer], kept)
+            scores = self._mass(k, slots) if self.samples else difference(k, self.means["keyframe"][layer])
+            k, v = largest(k, v, scores, kept)
         pool.format.write(pool.storage, layer, slots, k, v, spatial, self._mean(layer, pool.format))
+
+    def _mass(self, k: Tensor, slots: Tensor) -> Tensor:
+        """What tokens of pages that are about to go into these slots get of the attention (batch, kv_heads,
+        pages, tokens); nothing where no pass has handed queries over."""
+        assert self._commit is not None and self._commit.offsets is not None
+        if self._commit.sampled is None:
+            return k.new_zeros(k.shape[:-1])
+        q, lse = self._commit.sampled
+        self.sampled_scores += lse.numel() * k.shape[2] * k.shape[3]
+        phases = temporal_phases(k.shape[-1], self._commit.offsets[slots])
+        return attention_mass(k, phases, q, lse)
 
     def fork(self) -> KVCache:
         """A second cache with the same history; pages are shared until each has moved on."""
@@ -595,6 +623,7 @@ class KVCache:
         assert self.opened is not None
         start, end = self.opened.start, self.opened.start + self.opened.frames
         kept, sinks = self.layout.after_commit()
+        first_new = self._serial
         for frame in [f for f in self.table if f not in kept]:
             page = self.table.pop(frame)
             self.pools[page.pool].release(page.slot)
@@ -629,7 +658,26 @@ class KVCache:
                 name: (_span(indices), torch.tensor(slots, device=self.device))
                 for name, (indices, slots) in writes.items()
             },
+            self._offsets(first_new) if self.samples else None,
         )
+
+    def _offsets(self, serial: int) -> Tensor:
+        """By slot of the final format, frames from the open chunk's first one to the page that is to go
+        there; a page that the chunk does not read counts by its true distance.
+
+        Args:
+            serial: of the first page that is new.
+        """
+        assert self.opened is not None
+        opened = self.opened
+        read = dict(zip(opened.history, opened.positions, strict=True))
+        offsets = torch.zeros(self.pools["pages"].slots, dtype=torch.int64)
+        for frame, page in self.table.items():
+            if page.pool == "pages" and page.serial >= serial:
+                offsets[page.slot] = frame - opened.start
+                if frame in read:
+                    offsets[page.slot] = read[frame] - opened.first_position
+        return offsets.to(self.device)
 
     def _new_page(self, pool: str) -> Page:
         self._serial += 1
@@ -695,11 +743,15 @@ class _Commit:
     Attributes:
         demotions: in the order in which they must be made.
         writes: per pool, which of the chunk's frames and the slots (frames,) int64 they go to.
+        offsets: by slot of the pages in their final format, see `KVCache._offsets`.
         written: layers done.
         mass: by frame that was read, its share of the attention so far.
+        sampled: of the layer that is about to be written, see `KVCache.observe`.
     """
 
     demotions: list[_Demotion]
     writes: dict[str, tuple[slice | list[int], Tensor]]
+    offsets: Tensor | None = None
     written: set[int] = field(default_factory=set)
     mass: dict[int, Tensor] = field(default_factory=dict)
+    sampled: tuple[Tensor, Tensor] | None = None

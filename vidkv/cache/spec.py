@@ -49,8 +49,9 @@ class CacheSpec(BaseModel):
             the mean of all places, likewise.
         jensen: take out of the attention what zero-mean noise of the keys adds on average (2605.26266),
             likewise.
-        keep_tokens: share of a page's tokens that stay once it has its final format: those whose keys differ
-            most from the first frame's at the same place.
+        keep_tokens: share of a page's tokens that stay once it has its final format.
+        keep_by: which of them: those whose `key` differs most from the first frame's at the same place, or
+            those with the largest attention `mass`, which the clean pass measures on a few queries.
         select: latent frames attended of those in the window, sinks and current chunk included: half of the
             others are the newest, half those whose mean keys meet the last chunk's queries best. 0: all.
         segment: pages that a two-pass read brings into scratch at a time.
@@ -76,6 +77,7 @@ class CacheSpec(BaseModel):
     keyframe: bool = False
     jensen: bool = False
     keep_tokens: float = Field(default=1.0, gt=0, le=1)
+    keep_by: Literal["key", "mass"] = "key"
     select: int = Field(default=0, ge=0)
     segment: int = Field(default=6, ge=1)
     local_heads: int = Field(default=0, ge=0)
@@ -188,6 +190,11 @@ class CacheSpec(BaseModel):
             self._check_unused("group", "fit", "keyframe", "jensen", "key_scale", "hadamard")
         if self.keyframe and self.keep_tokens < 1:
             raise CacheSpecError("keyframe codes every token of a page; it does not go with keep_tokens")
+        if self.keep_by == "mass" and self.keep_tokens == 1:
+            raise CacheSpecError(
+                "keep_by=mass says which tokens of a page stay, and keep_tokens=1 keeps all; say how many, "
+                "such as keep_tokens=0.5, or leave it out"
+            )
         if self.select and self.select > self.window:
             raise CacheSpecError(f"select={self.select} of a window of {self.window}; choose fewer")
 

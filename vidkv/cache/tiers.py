@@ -109,7 +109,7 @@ def newest_frames(spec: CacheSpec, chunk_frames: int) -> int:
 
 def has_places(spec: CacheSpec) -> bool:
     """Whether the first chunk's mean keys are kept for every place: to code against, or to prune by."""
-    return spec.keyframe or spec.keep_tokens < 1
+    return spec.keyframe or (spec.keep_tokens < 1 and spec.keep_by == "key")
 
 
 def _tokens(spec: CacheSpec, geometry: CacheGeometry) -> int:
