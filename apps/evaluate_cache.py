@@ -65,6 +65,7 @@ SPECS = (
     "bf16,policy=sliding_window,sink=0",
     "int8,window=15",
     "int8,window=15,policy=h2o",
+    "int8,window=15,policy=snapkv",
     "int4,window=12,newer=,keep_sinks=false",
     "int8,window=60,select=21",
 )
