@@ -207,6 +207,12 @@ def _verdicts(report: Mapping[str, Any]) -> list[str]:
     for spec, by in found["no_help"].items():
         lines.append(f"Did not help: `{spec}`; `{by}` takes no more bytes and reads no less exactly.")
     lines += [f"`{spec}` breaks at chunk {chunk}." for spec, chunk in found["breaks"].items()]
+    lines += [
+        f"`{cache['spec']}` chooses tokens by {cache['sampled_scores']:,.0f} products of a query and a key, "
+        "which a chunk computes beside its attention."
+        for cache in report["caches"]
+        if cache["sampled_scores"]
+    ]
     above = found["peaks_not_below_bf16"]
     if above is not None:
         which = f"but {', '.join(f'`{spec}`' for spec in above)}" if above else "without exception"

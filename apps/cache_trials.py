@@ -111,6 +111,7 @@ class Record:
             other trials; None elsewhere.
         live_bytes: the cache and all tensors alive while its last chunk was denoised and committed, at most.
         lossy_pages_read: in all.
+        sampled_scores: in all, see `ChunkStats`.
         attention: (layers,) of every video, by probed chunk: see `SideBySide`.
         latent_error: of every video, by probed chunk: see `latent_error`.
     """
@@ -124,6 +125,7 @@ class Record:
     allocated_bytes: int | None = None
     live_bytes: int = 0
     lossy_pages_read: int = 0
+    sampled_scores: int = 0
     attention: dict[int, list[Floats]] = field(default_factory=dict)
     latent_error: dict[int, list[float]] = field(default_factory=dict)
 
@@ -218,7 +220,7 @@ def free_run(
         footage = [[_Footage() for _ in group] for _ in trials]
         latents: list[Tensor] = []
         for chunk in range(chunks):
-            _prompt(pipe, rollouts, group, chunk)
+            prompt_all(pipe, rollouts, group, chunk)
             for trial, rollout, videos in zip(trials, rollouts, footage, strict=True):
                 made = _made(rollout, latents[0] if latents and not chunk else None, records[trial.name])
                 if rollout is rollouts[0]:
@@ -250,6 +252,7 @@ def _made(rollout: Rollout, given: Tensor | None, record: Record) -> Chunk:
         record.allocated_bytes = max(record.allocated_bytes or 0, peak)
     record.kv_bytes = max(record.kv_bytes, made.stats.kv_bytes)
     record.lossy_pages_read += made.stats.lossy_pages_read
+    record.sampled_scores += made.stats.sampled_scores
     if made.index:
         record.seconds.append(made.stats.denoise_s + made.stats.commit_s)
     return made
@@ -343,7 +346,7 @@ def teacher_force(
     # a context that is computed anew from pictures needs them
     with _rollouts(pipe, [t.seed for t in group], trials, pipe.entry.recompute_context) as rollouts:
         for chunk, clean in enumerate(latents):
-            _prompt(pipe, rollouts, group, chunk)
+            prompt_all(pipe, rollouts, group, chunk)
             probed, last = chunk in at, chunk + 1 == len(latents)
             live = [LiveBytes() for _ in trials]
             for trial, rollout, counter in zip(trials, rollouts, live, strict=True):
@@ -435,27 +438,36 @@ def attention_errors(
     Returns:
         By trial, (layers,) of every video: ‖answer - reference's‖ / ‖reference's‖.
     """
-    reference, frames = rollouts[0], clean.shape[1]
-    solver = reference.schedule.solver(reference.chunk - reference.prefix_chunks)
-    noise = reference.noise.initial(
-        reference.chunk, reference.next_frame - reference.prefix_frames, frames
-    ).to(clean)
+    reference = rollouts[0]
     for rollout in rollouts:
-        rollout.cache.begin(frames)
+        rollout.cache.begin(clean.shape[1])
     try:
         readers = {
             trial.name: CachedAttention(rollout.cache, rollout.path)
             for trial, rollout in zip(trials, rollouts, strict=True)
         }
         both = SideBySide(readers[trials[0].name], readers)
-        for sigma, timestep in zip(solver.sigmas, solver.timesteps, strict=True):
-            noised = torch.lerp(clean, noise, sigma)
-            times = torch.full(clean.shape[:2], timestep, device=reference.device)
+        for noised, times in noise_levels(reference, clean):
             reference.transformer(noised, times, reference.text, both)
     finally:
         for rollout in rollouts:
             rollout.cache.abandon()
     return {name: list((square / both.own).sqrt().numpy()) for name, square in both.squares.items()}
+
+
+def noise_levels(rollout: Rollout, clean: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """What the steps of the next chunk would see: latents (b, f, c, h, w) noised to each level with the
+    chunk's own noise, and timesteps (b, f).
+
+    Args:
+        clean: its clean latents.
+    """
+    solver = rollout.schedule.solver(rollout.chunk - rollout.prefix_chunks)
+    start = rollout.next_frame - rollout.prefix_frames
+    noise = rollout.noise.initial(rollout.chunk, start, clean.shape[1]).to(clean)
+    for sigma, timestep in zip(solver.sigmas, solver.timesteps, strict=True):
+        times = torch.full(clean.shape[:2], timestep, device=rollout.device)
+        yield torch.lerp(clean, noise, sigma), times
 
 
 # --- rollouts ---
@@ -474,7 +486,7 @@ def _rollouts(
             rollout.close()
 
 
-def _prompt(
+def prompt_all(
     pipe: CausalVideoPipeline, rollouts: Sequence[Rollout], group: Sequence[Work], chunk: int
 ) -> None:
     """Tell all rollouts what the chunk shows, where that is new."""

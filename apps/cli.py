@@ -435,6 +435,29 @@ def eval_cache(
         raise typer.Exit(FAILED)
 
 
+@eval_app.command("heads")
+def eval_heads(
+    model: Model = "bounce",
+    seeds: Annotated[int | None, typer.Option(min=2, help="Videos; by default 16.")] = None,
+    chunks: Annotated[int | None, typer.Option(min=2, help="Chunks of each; by default 12.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Videos at once.")] = 8,
+    device: Device = "auto",
+    write: Annotated[
+        bool, typer.Option("--write", help="Keep it beside the weights, for --cache local_heads=N.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure which heads read the history, and what it costs to take it from those that read least."""
+    from vidkv.apps.head_shares import Options, evaluate_heads, table
+
+    with ProgressLine() as line:
+        report = evaluate_heads(Options(model, seeds, chunks, batch, device, write), line.step_done)
+    emit(report, as_json, table(report))
+    if not report["control_passes"]:
+        say("losing the heads that read most was no worse than losing those that read least: no ranking")
+        raise typer.Exit(FAILED)
+
+
 @train_app.command("bounce")
 def train_bounce(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints, curve and the finished pipeline.")],

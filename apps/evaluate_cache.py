@@ -61,9 +61,11 @@ SPECS = (
     "int2,newer=,keep_sinks=false",
     "int2,newer=,keep_sinks=false,fit=largest,jensen",
     "int8,keep_tokens=0.5",
+    "int8,keep_tokens=0.5,keep_by=mass",
     "bf16,policy=sliding_window,sink=0",
     "int8,window=15",
     "int8,window=15,policy=h2o",
+    "int8,window=15,policy=snapkv",
     "int4,window=12,newer=,keep_sinks=false",
     "int8,window=60,select=21",
 )
@@ -155,7 +157,7 @@ def evaluate_pipeline(pipe: CausalVideoPipeline, options: Options, tell: Tell) -
     seeds = options.seeds or (QUICK_SEEDS if options.quick else SEEDS)
     world = world_of(pipe.config.prompt_grammar)
     trials = _trials(pipe, options.specs or SPECS)
-    work = _work(world, seeds, chunks)
+    work = work_of(world, seeds, chunks)
     with reading(options.workers) as read:
         records = run_trials(pipe, work, trials, chunks, options.batch, world is not None, tell, read)
     reference = records[trials[0].name]
@@ -209,7 +211,8 @@ def _trials(pipe: CausalVideoPipeline, texts: Sequence[str]) -> list[Trial]:
     return [Trial(str(spec), spec) for spec in specs]
 
 
-def _work(world: World | None, seeds: int, chunks: int) -> list[Work]:
+def work_of(world: World | None, seeds: int, chunks: int) -> list[Work]:
+    """Videos to make: scenes of the embedded world, or SENTENCES in turn."""
     if world is None:
         return [FreeTask(SENTENCES[i % len(SENTENCES)], 1000 + i) for i in range(seeds)]
     return [*tasks(seeds, world, chunks, mix=MIX)]
@@ -220,9 +223,10 @@ def _entry(
 ) -> dict[str, Any]:
     """One cache of the report.
 
-    `bytes` (per video; a latent frame's over all layers), `time`, `attention_error` and `latent_psnr_db` with
-    the reference's history, `divergence` and `picture` of free runs; in the embedded world `metrics`,
-    `difference` to the reference's, `identity_difference` by chunk and `breaks_at_chunk`.
+    `bytes` (per video; a latent frame's over all layers), `sampled_scores` of a video's chunk (`ChunkStats`),
+    `time`, `attention_error` and `latent_psnr_db` with the reference's history, `divergence` and `picture` of
+    free runs; in the embedded world `metrics`, `difference` to the reference's, `identity_difference` by
+    chunk and `breaks_at_chunk`.
     """
     spec, attention = trial.spec, record.attention_by_video
     by_layer, (error, low, high) = attention.mean(0), bootstrap_ci(attention.mean(1))
@@ -232,6 +236,7 @@ def _entry(
         "spec": trial.name,
         "settings": spec.model_dump(),
         "lossy_pages_read": record.lossy_pages_read,
+        "sampled_scores": record.sampled_scores / sum(map(len, record.picture["luma"])),
         "bytes": _bytes(pipe, spec, record, videos),
         "time": {
             "chunk_ms": 1e3 * float(np.median(record.seconds)),
@@ -358,7 +363,7 @@ def _controls(
     chunks = min(chunks, CONTROL_CHUNKS)
     spec = pipe.default_cache()
     if world is None:
-        work = _work(None, CONTROL_ROLLOUTS, chunks)
+        work = work_of(None, CONTROL_ROLLOUTS, chunks)
     else:
         work = [*tasks(CONTROL_ROLLOUTS, world, chunks, seed=5000, mix=CONTROL_MIX)]
     honest = Trial("honest", spec)

@@ -11,6 +11,7 @@ from typing import Any
 
 from vidkv.apps.models_table import models_report
 from vidkv.cache import CacheSpec
+from vidkv.cache.formats import FORMATS
 from vidkv.memory import gigabytes, plan_memory
 from vidkv.models.families.base import ModelEntry
 from vidkv.models.registry import MODELS
@@ -25,13 +26,13 @@ OTHER, ENDLESS = "Other", "Until I stop it"
 WORDS = {
     "Balanced": "Pages in eight bits, the model's own window. A good start.",
     "Long memory": "Twice the window in eight bits: objects out of view are remembered for longer.",
-    "Smallest": "Half the window in eight bits, for little memory and long queues.",
+    "Smallest": "Every page in four bits, the model's own window: little memory, and long queues.",
     "Exact": "No quantization: every page as the model wrote it.",
     CUSTOM: "What is set under Advanced.",
 }
 """Presets, and what they are good for."""
 CACHE_FIELDS = (
-    "format", "window", "sink", "policy", "positions", "keep_newest", "keep_sinks", "value_scale",
+    "format", "window", "sink", "policy", "positions", "keep_newest", "keep_sinks", "newer", "value_scale",
 )  # fmt: skip
 FIELDS = (
     "prompt", "schedule", "model", "size", "length", "seconds", "seed", "preset", *CACHE_FIELDS, "steps",
@@ -41,14 +42,17 @@ FIELDS = (
 
 
 def presets(entry: ModelEntry, device: str) -> dict[str, CacheSpec]:
-    """What the plain words stand for, with one model on one device."""
+    """What the plain words stand for, with one model on one device.
+
+    Four bits for every page keep identity and recall in the embedded world, which a shorter window loses
+    (`vidkv eval cache`).
+    """
     exact = cache_spec(entry, {}, device)
-    chunk = entry.chunk_frames
-    half = max(exact.sink + 2 * chunk, exact.window // 2 // chunk * chunk)
+    bare = {"format": "int4", "keep_sinks": False, "newer": ""}
     return {
         "Balanced": exact.model_copy(update={"format": "int8"}),
         "Long memory": exact.model_copy(update={"format": "int8", "window": 2 * exact.window}),
-        "Smallest": exact.model_copy(update={"format": "int8", "window": min(half, exact.window)}),
+        "Smallest": exact.model_copy(update=bare),
         "Exact": exact,
     }
 
@@ -76,8 +80,13 @@ def values_of(form: Mapping[str, Any], device: str) -> dict[str, Any]:
     if form["size"]:
         values["size"] = str(form["size"]).strip().lower().replace("×", "x").replace(" ", "")
     entry = MODELS.get(form["model"])
-    own = cache_spec(entry, {}, device).model_dump() if entry else {}
     cache = {name: _whole(form[name]) for name in CACHE_FIELDS if form[name] is not None}
+    own: dict[str, Any] = {}
+    if entry:
+        # what a format brings with it is not what the model has
+        plain = cache_spec(entry, {}, device)
+        given = {"format": cache["format"]} if cache.get("format") in FORMATS else {}
+        own = cache_spec(entry, given, device).model_dump() | {"format": plain.format}
     if changed := {name: value for name, value in cache.items() if own.get(name) != value}:
         values["cache"] = changed
     given = {

@@ -549,6 +549,10 @@ def _advanced(first: CacheSpec) -> dict[str, Any]:
     with gr.Row():
         made["keep_newest"] = gr.Checkbox(first.keep_newest, label="Newest chunk unquantized", min_width=120)
         made["keep_sinks"] = gr.Checkbox(first.keep_sinks, label="Sinks unquantized", min_width=120)
+    made["newer"] = gr.Textbox(
+        first.newer, label="Newest frames as", lines=1, placeholder="int8:3+int4:6",
+        info="Formats by age, each with its latent frames.",
+    )  # fmt: skip
     with gr.Row():
         made["positions"] = gr.Dropdown(
             ["relative", "absolute"], value=first.positions, label="Positions", min_width=120

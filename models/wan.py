@@ -68,8 +68,13 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         freq_dim: width of the sinusoidal timestep embedding.
         ffn_dim, num_layers, eps: as in Wan.
         cross_attn_norm: an affine LayerNorm before cross-attention.
+
+    Attributes:
+        history_share: by layer and kv head, the share of its self-attention that earlier chunks get, where
+            that has been measured.
     """
 
+    history_share: list[list[float]] | None = None
     _no_split_modules = ("Block",)
     # a list: diffusers takes a tuple for one name and then keeps nothing
     _keep_in_fp32_modules: ClassVar = ["time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"]

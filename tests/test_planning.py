@@ -18,6 +18,7 @@ import vidkv
 from tests.tiny import HEIGHT, WIDTH, build_pipeline
 from vidkv import planning
 from vidkv.errors import InputError, PromptError, ResourceError
+from vidkv.heads import write_shares
 from vidkv.planning import Plan, file_digest, naming_shortage, plan, weights_digest
 from vidkv.request import EngineSettings, VideoRequest
 
@@ -245,6 +246,25 @@ class TestWeightsDigest:
         path.write_bytes(data + b"\0")
         found.add(weights_digest(tmp_path))
         assert len(found) == 5 or (len(found) == 4 and size // 2 % (1 << 16))
+
+
+class TestHeads:
+    """Measured shares count for caches with local heads alone."""
+
+    def test_key(self, model: Path, tmp_path: Path) -> None:
+        copy = shutil.copytree(model, tmp_path / "copy")
+        before = planned(copy).key
+        keys = []
+        for shares in ([[0.1, 0.2]] * 2, [[0.3, 0.1]] * 2, [[0.3, 0.2]] * 2):
+            write_shares(copy, shares, {})
+            assert planned(copy).key == before
+            keys.append(planned(copy, cache="local_heads=1").key)
+        # it is their order that tells
+        assert keys[0] != keys[1] == keys[2] and before not in keys
+
+    def test_unmeasured(self, model: Path) -> None:
+        with pytest.raises(InputError, match=r"vidkv eval heads --model .* --write"):
+            planned(model, cache="local_heads=1")
 
 
 class TestFileDigest:

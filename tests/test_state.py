@@ -71,6 +71,8 @@ def test_a_state_from_before_there_were_scores(model: CausalWanTransformer3DMode
         "newer",
         "select",
         "keep_tokens",
+        "keep_by",
+        "local_heads",
         "hadamard",
         "fit",
         "group",

@@ -15,8 +15,9 @@ from einops import rearrange
 from torch import Tensor
 
 from vidkv.cache.formats import FORMATS
-from vidkv.cache.kv_cache import KVCache, Run, Segment
+from vidkv.cache.kv_cache import KVCache, Run, Segment, of_heads
 from vidkv.cache.layout import Layout, OpenChunk
+from vidkv.cache.prune import sampled
 from vidkv.cache.spec import CacheGeometry, CacheSpec
 from vidkv.errors import CacheStateError
 from vidkv.kernels.attention import attend, attend_reference, attend_with_lse, merge
@@ -147,6 +148,8 @@ def _reads(spec: CacheSpec, chunks: Sequence[int]) -> list[OpenChunk]:
 
 Mass = dict[int, Tensor]
 """Share of the attention by latent frame, mean over videos, heads and queries."""
+Found = tuple[Tensor, Mass, Tensor]
+"""What a read gives: out (batch, heads, queries, head_dim), shares, log-sum-exps (batch, heads, queries)."""
 
 
 class CachedAttention:
@@ -156,6 +159,8 @@ class CachedAttention:
     chunk's first frame; torch's SDPA attends to each segment and the parts are merged by their log-sum-exp.
     Scratch is one segment, whatever the window. *reference* is the same at float64. *fused*: one kernel
     reads the pages where they lie (`kernels.paged_attention`).
+
+    Heads whose pages the cache does not keep attend to the chunk alone.
 
     Args:
         cache: with an open chunk.
@@ -222,15 +227,42 @@ class CachedAttention:
         frames = q.shape[1]
         turned, own_k = (rotate_chunk(x, self.own, self.spatial) for x in (q, k))
         own_v = rearrange(v, "b f s n d -> b n (f s) d")
-        read = self._read_fused if self.path.name == "fused" else self._read_segments
-        out, mass = read(layer, turned, own_k, own_v)
+        read = self._read_parted if self.cache.heads else self._read
+        out, mass, lse = read(layer, turned, own_k, own_v)
         if self.commit:
-            self.cache.observe(layer, q, k, mass)
+            self.cache.observe(layer, q, k, mass, self._sampled(layer, turned, lse))
             k, v = (rearrange(x, "b f s n d -> b n f s d") for x in (k, v))
             self.cache.write(layer, k, v, self.spatial)
         return rearrange(out, "b n (f s) d -> b f s n d", f=frames)
 
-    def _read_segments(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Mass]:
+    def _sampled(self, layer: int, q: Tensor, lse: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Some of the queries, of the heads that read pages, and their log-sum-exps."""
+        if not self.cache.samples:
+            return None
+        chosen = sampled(q.shape[2], q.device)
+        q = q.index_select(2, chosen)
+        if self.cache.heads:
+            q = of_heads(q, 1, self.cache.heads[layer][0], self.cache.geometry.kv_heads)
+        return q, lse.index_select(2, chosen)
+
+    def _read(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Found:
+        read = self._read_fused if self.path.name == "fused" else self._read_segments
+        return read(layer, q, k, v)
+
+    def _read_parted(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Found:
+        """Heads without pages read the chunk alone, the others as ever; log-sum-exps are of the others."""
+        assert self.cache.heads is not None
+        kv_heads, (reading, local) = k.shape[1], self.cache.heads[layer]
+        part, mass, lse = self._read(layer, *(of_heads(x, 1, reading, kv_heads) for x in (q, k, v)))
+        alone = [of_heads(x, 1, local, kv_heads) for x in (q, k, v)]
+        rest = attend(*alone) if self.path.name == "fused" else self._part(*alone)[0]
+        out = torch.empty_like(q)
+        groups = out.view(len(q), kv_heads, -1, *q.shape[2:])
+        for heads, found in ((reading, part), (local, rest)):
+            groups.index_copy_(1, heads, found.to(q.dtype).reshape(len(q), len(heads), *groups.shape[2:]))
+        return out, {frame: share * len(reading) / kv_heads for frame, share in mass.items()}, lse
+
+    def _read_segments(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Found:
         out, lse = self._part(q, k, v)
         out = out.to(lse.dtype)
         seen: dict[int, Tensor] = {}
@@ -242,24 +274,24 @@ class CachedAttention:
             if self.scoring:
                 seen[segment[0].frames[0]] = part_lse
             out, lse = merge(out, lse, part, part_lse)
-        return out.to(q.dtype), {frame: (part - lse).exp().mean() for frame, part in seen.items()}
+        return out.to(q.dtype), {frame: (part - lse).exp().mean() for frame, part in seen.items()}, lse
 
     def _part(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if self.path.name == "reference":
             return attend_reference(q.double(), k.double(), v.double())
         return attend_with_lse(q, k, v, self.path.backend)
 
-    def _read_fused(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Mass]:
+    def _read_fused(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Found:
         runs = [self.cache.pages(layer, run, temporal) for run, temporal in self.history]
         coded, plain, packed = by_kind(runs)
         assert self.path.tile is not None
         out, lse, per_page = attend_pages(q, k, v, coded, plain, self.path.tile, self.scoring, packed)
         if not self.scoring:
-            return out, {}
+            return out, {}, lse
         frames_of = {run.kind: read.frames for run, (read, _) in zip(runs, self.history, strict=True)}
         frames = [frame for kind in KINDS for frame in frames_of.get(kind, ())]
         shares = (per_page - lse[:, :, None]).exp().mean((0, 1, 3))
-        return out, dict(zip(frames, shares.unbind(), strict=True))
+        return out, dict(zip(frames, shares.unbind(), strict=True)), lse
 
 
 def _noise_gain(q: Tensor, noise: Tensor) -> Tensor:

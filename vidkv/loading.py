@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderMode
 
 from vidkv.embeddings import EmbeddingCache, PromptEncoder, folder_fingerprint
 from vidkv.errors import CheckpointError, InputError
+from vidkv.heads import FILE, checked, read_shares
 from vidkv.models.checkpoints.empty import BUILDING
 from vidkv.models.checkpoints.folders import models_home, read_json, require_tokenizer, verify
 from vidkv.models.checkpoints.load import load_model
@@ -123,6 +124,8 @@ def load_parts(folder: Path, options: LoadOptions, skip: set[str]) -> dict[str, 
         parts["transformer"] = _network(
             CausalWanTransformer3DModel, folder / "transformer", options, options.weights
         )
+        config = parts["transformer"].config
+        parts["transformer"].history_share = checked(read_shares(folder), config, folder / FILE)
     if {"text_encoder", "tokenizer"} & skip:
         resident = True
     if "tokenizer" not in skip:

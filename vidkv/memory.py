@@ -581,7 +581,7 @@ def read_bytes(heads: int, spec: CacheSpec, g: CacheGeometry, dtype: torch.dtype
     A two-pass read holds one segment of keys and values decoded and turned, and two float32 partial outputs
     with the running one; a fused read of codes holds the queries turned to every page, coded, and up to three
     partial outputs; of packed codes also those pages unpacked. Both hold the current chunk's own keys and
-    values.
+    values, and with `local_heads` the queries of either kind of heads and the outputs apart and together.
 
     Args:
         heads: query heads.
@@ -598,7 +598,8 @@ def read_bytes(heads: int, spec: CacheSpec, g: CacheGeometry, dtype: torch.dtype
         fused += packed * 2 * g.batch * g.tokens * g.kv_heads * (d + SCALE_BYTES)
         fused += (4 if packed else 3) * tokens * heads * d * dtype.itemsize
     current = 2 * tokens * g.kv_heads * d * dtype.itemsize
-    return int(max(two_pass, fused) + current)
+    parted = 3 * tokens * heads * d * dtype.itemsize if spec.local_heads else 0
+    return int(max(two_pass, fused) + current + parted)
 
 
 def _feature_bytes(vae: ModelMixin, latent: tuple[int, int], batch: int, dtype: torch.dtype) -> int:

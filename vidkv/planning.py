@@ -17,6 +17,8 @@ import torch
 import vidkv
 from vidkv.cache import CacheSpec
 from vidkv.errors import InputError, PromptError, ResourceError
+from vidkv.heads import FILE as HEADS_FILE
+from vidkv.heads import head_order, require_shares
 from vidkv.intake import picture, video_end
 from vidkv.loading import find_model, model_entry
 from vidkv.memory import OFFLOADS, MemoryPlan, check_fits, own_guidance, pixel_size, plan_memory
@@ -129,6 +131,8 @@ class Plan:
         }
         if self.schedule.switches:
             work["switches"] = self.schedule.switches
+        if shares := require_shares(self.folder, self.spec, request.model):
+            work["heads"] = head_order(shares)
         return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -200,6 +204,7 @@ def plan(request: VideoRequest, settings: EngineSettings | None = None, *, fits:
     if request.negative is not None:
         spelled_negative(request.negative, str(grammar) if grammar else None)
     spec = cache_spec(entry, request.cache, device)
+    require_shares(folder, spec, request.model)
     size = pixel_size(entry, request.height, request.width)
     if device == "cpu" and settings.offload in ("model", "group"):
         raise InputError(f"offload={settings.offload} moves networks off a GPU, and this runs on the CPU")
@@ -320,9 +325,14 @@ def weights_digest(folder: Path) -> str:
     """Identity of a model folder by content, the same wherever it lies and whenever it was copied.
 
     Small files count whole; weights with their size, their header and blocks spread over them, because
-    reading tens of gigabytes for a name would take longer than some videos.
+    reading tens of gigabytes for a name would take longer than some videos. What was measured of heads does
+    not count: only caches with `local_heads` go by it.
     """
-    files = sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors"))
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix in (".json", ".safetensors") and path != folder / HEADS_FILE
+    )
     state = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files)
     return _weights_digest(str(folder), state)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from numbers import Integral
 from types import TracebackType
 from typing import Any, get_args
@@ -24,6 +24,7 @@ from vidkv.dispatch import check as check_path
 from vidkv.dispatch import choose as choose_path
 from vidkv.errors import CacheStateError, InputError, NumericsError, ResourceError, StateError
 from vidkv.graphs import RecordedPasses
+from vidkv.heads import head_order
 from vidkv.models.vae import pixel_frames
 from vidkv.models.wan import CausalWanTransformer3DModel, TextContext
 from vidkv.noise import CounterNoise, NoiseSource
@@ -43,6 +44,8 @@ class ChunkStats:
         resident_frames: latent frames in the cache after this chunk.
         pages_read: pages decoded for reading, over all layers and passes; of these `lossy_pages_read`
             came from a quantized format.
+        sampled_scores: products of a query and a key that were computed beside the attention, to choose the
+            tokens of pages that stay (`keep_by=mass`).
         kv_host_bytes, kv_disk_bytes: bytes of pages that may leave the device, in the host's memory and on
             disk.
         kv_moved_bytes: bytes of pages that have come from the host since the chunk before.
@@ -56,6 +59,7 @@ class ChunkStats:
     resident_frames: int
     pages_read: int
     lossy_pages_read: int
+    sampled_scores: int = 0
     kv_host_bytes: int = 0
     kv_disk_bytes: int = 0
     kv_moved_bytes: int = 0
@@ -207,6 +211,7 @@ class Rollout:
         self.decoder = decoder
         self.recompute_context, self.context_encoder = recompute_context, context_encoder
         geometry = CacheGeometry.of_model(transformer.config, height, width, chunk_frames, len(self.seeds))
+        geometry = replace(geometry, head_order=head_order(transformer.history_share))
         heads = transformer.config.num_attention_heads
         self.path = path or choose_path(spec, geometry, heads, self.device, self.dtype)
         self._pools, self._moved_bytes = pools, 0
@@ -365,7 +370,7 @@ class Rollout:
                 then the cache is broken and the way back is `restore`.
             ResourceError: the device has run out of memory; likewise.
         """
-        read_before = self.cache.pages_read, self.cache.lossy_pages_read
+        read_before = self._counts()
         started = _seconds(self.device)
         latents = self.denoise(frames, noise, on_step, edit, step_noise=step_noise, given=given)
         denoised = _seconds(self.device)
@@ -485,7 +490,7 @@ class Rollout:
         latents = latents.to(self.device, self.dtype)
         self._check_finite(latents)
         self._take_text()
-        read_before = self.cache.pages_read, self.cache.lossy_pages_read
+        read_before = self._counts()
         started, start_frame = _seconds(self.device), self.next_frame
         with _naming_shortage(self.device):
             self._commit(latents)
@@ -629,7 +634,7 @@ class Rollout:
         self._advance_text()
         latents = snapshot.latents.to(self.device, copy=True)
         frames = None if snapshot.frames is None else snapshot.frames.to(self.device, copy=True)
-        read = self.cache.pages_read, self.cache.lossy_pages_read
+        read = self._counts()
         return Chunk(
             self.chunk - 1, snapshot.start_frame, latents, frames, self._stats((0.0, 0.0, 0.0), read)
         )
@@ -810,8 +815,13 @@ class Rollout:
         check_tensor(tensors, name, (len(self.seeds), len(frames), *shape), dtype)
         return dict(zip(frames, tensors[name].to(self.device, copy=True).unbind(1), strict=True))
 
-    def _stats(self, seconds: tuple[float, float, float], read_before: tuple[int, int]) -> ChunkStats:
+    def _counts(self) -> tuple[int, int, int]:
+        cache = self.cache
+        return cache.pages_read, cache.lossy_pages_read, cache.sampled_scores
+
+    def _stats(self, seconds: tuple[float, float, float], before: tuple[int, int, int]) -> ChunkStats:
         denoise_s, commit_s, decode_s = seconds
+        pages, lossy, scores = (now - then for now, then in zip(self._counts(), before, strict=True))
         return ChunkStats(
             denoise_s=denoise_s,
             commit_s=commit_s,
@@ -819,8 +829,9 @@ class Rollout:
             kv_bytes=self.kv_bytes,
             bytes_per_frame=self.cache.bytes_per_frame,
             resident_frames=len(self.cache.table),
-            pages_read=self.cache.pages_read - read_before[0],
-            lossy_pages_read=self.cache.lossy_pages_read - read_before[1],
+            pages_read=pages,
+            lossy_pages_read=lossy,
+            sampled_scores=scores,
             kv_host_bytes=sum(cache.host_nbytes for cache in self._caches()),
             kv_disk_bytes=sum(cache.disk_nbytes for cache in self._caches()),
             kv_moved_bytes=self._moved(),

@@ -128,6 +128,20 @@ def test_models_of_other_kinds(
     assert reference["bytes"]["fewer"] == pytest.approx(0.5)
 
 
+def test_what_choosing_tokens_costs_is_told(tiny: CausalVideoPipeline) -> None:
+    texts = ("fp32,window=9,keep_tokens=0.5", "fp32,window=9,keep_tokens=0.5,keep_by=mass")
+    made = evaluate_pipeline(tiny, Options(texts, seeds=3, chunks=3, batch=2, controls=False), silent)
+    by_key, by_mass = made["caches"][1:]
+    g = tiny.rollout().cache.geometry
+    products = g.layers * 2 * min(64, 3 * g.tokens) * 3 * g.tokens
+    assert by_key["sampled_scores"] == 0 and by_mass["sampled_scores"] == products
+    assert (
+        0 < by_mass["attention_error"]["value"] and by_mass["bytes"]["resident"] < by_key["bytes"]["resident"]
+    )
+    told = [line for line in table(made).splitlines() if "beside its attention" in line]
+    assert len(told) == 1 and f"by {products:,} products" in told[0] and "keep_by=mass" in told[0]
+
+
 def test_every_word_of_a_report_has_its_number(report: dict[str, Any], tmp_path: Path) -> None:
     json.dumps(report, allow_nan=False)
     write_report(report, tmp_path)
@@ -331,6 +345,7 @@ def entry(
         "spec": spec,
         "settings": {"format": spec, "window": 21},
         "lossy_pages_read": int(spec.startswith("int")),
+        "sampled_scores": 0.0,
         "bytes": {"resident": 1200 / size, "fewer": size, "fewer_per_frame": size / 2, "allocated": None}
         | {"live": 1000 + 1200 / size},
         "attention_error": {"value": error},

@@ -35,11 +35,12 @@ from vidkv.apps.web_form import (
     values_of,
 )
 from vidkv.apps.web_page import EXAMPLE_NAMES, POLICY, WEB, Page, uploads_of
-from vidkv.cache import CacheSpec
+from vidkv.cache import CacheGeometry, CacheSpec, planned_bytes
 from vidkv.jobs.store import JobStore
+from vidkv.memory import empty_models
 from vidkv.models.bounce.prompts import EXAMPLES
 from vidkv.models.registry import MODELS
-from vidkv.planning import plan
+from vidkv.planning import cache_spec, plan
 from vidkv.request import ID_PATTERN, EngineSettings, VideoRequest
 
 BOUNCE = MODELS["bounce"]
@@ -83,8 +84,11 @@ class TestPresets:
             specs = presets(entry, device)
             for spec in specs.values():
                 spec.capacity(entry.chunk_frames)
-            assert specs["Smallest"].window <= specs["Exact"].window < specs["Long memory"].window
-            assert {spec.format for words, spec in specs.items() if words != "Exact"} == {"int8"}
+            assert specs["Smallest"].window == specs["Exact"].window < specs["Long memory"].window
+            geometry = CacheGeometry.of_model(empty_models(name)[0].config, 8, 8, entry.chunk_frames)
+            sizes = {words: planned_bytes(spec, geometry) for words, spec in specs.items()}
+            assert min(sizes, key=lambda words: sizes[words]) == "Smallest"
+            assert 3.5 * sizes["Smallest"] < sizes["Exact"]
 
     def test_a_preset_is_recognized(self) -> None:
         for name, spec in presets(BOUNCE, "cpu").items():
@@ -105,8 +109,9 @@ class TestValues:
         seconds=st.sampled_from([5.0, 10.0, 7.5, 60.0]),
         seed=st.integers(0, 2**31),
         window=st.integers(6, 40),
-        format=st.sampled_from(["fp32", "bf16", "int8"]),
+        format=st.sampled_from(["fp32", "bf16", "int8", "int4"]),
         keep=st.booleans(),
+        bare=st.booleans(),
         schedule=st.lists(
             st.tuples(st.floats(0.5, 4.0), st.sampled_from(EXAMPLES), st.sampled_from([None, "flush"])),
             max_size=3,
@@ -116,8 +121,8 @@ class TestValues:
         steps=st.sampled_from([None, 2]),
     )
     def test_there_and_back(
-        self, seconds: float, seed: int, window: int, format: str, keep: bool, schedule: list[Any],
-        size: str | None, steps: int | None,
+        self, seconds: float, seed: int, window: int, format: str, keep: bool, bare: bool,
+        schedule: list[Any], size: str | None, steps: int | None,
     ) -> None:  # fmt: skip
         """A request fills the form, and the form asks for the same video again."""
         asked: dict[str, Any] = {
@@ -126,6 +131,8 @@ class TestValues:
             "schedule": [entry if entry[2] else entry[:2] for entry in sorted(schedule, key=lambda e: e[0])],
         }  # fmt: skip
         asked |= {"steps": steps} if steps else {}
+        # a format's own defaults, or none of them
+        asked["cache"] |= {"keep_sinks": False, "newer": ""} if bare else {}
         if size:
             asked |= dict(zip(("width", "height"), map(int, size.split("x")), strict=True))
         again = values_of(form_of(asked, "cpu"), "cpu")
@@ -168,11 +175,20 @@ class TestValues:
 
 class TestPage:
     def test_generate_queues_what_the_form_says(self, service: Service) -> None:
-        answer = Page(service).create(*filled(seed=5, preset="Smallest", format="int8", window=9))
+        answer = Page(service).create(*filled(seed=5, preset="Custom", format="int8", window=9))
         (job,) = service.store.jobs()
         assert f'job="{job.id}"' in answer and job.id.startswith("red-circle-bouncing-")
         assert job.keep and job.request["seed"] == 5
         assert job.request["cache"] == {"format": "int8", "window": 9}
+
+    def test_what_is_queued_for_a_preset_is_that_preset(self, service: Service) -> None:
+        for name, spec in presets(BOUNCE, "cpu").items():
+            fields = {field: getattr(spec, field) for field in CACHE_FIELDS}
+            Page(service).create(*filled(preset=name, **fields))
+            job = service.store.jobs()[-1]
+            assert cache_spec(BOUNCE, job.request.get("cache") or {}, "cpu") == spec, name
+            assert form_of(job.request, "cpu")["preset"] == name
+            service.store.cancel(job.id)
 
     @pytest.mark.parametrize(
         ("changes", "says"),
@@ -182,6 +198,8 @@ class TestPage:
             ({"model": "wan2.1-14b"}, "not here"),
             ({"size": "63x64"}, "63"),
             ({"window": 3}, "window=3"),
+            ({"format": "int9"}, "int9"),
+            ({"newer": "int8"}, "FORMAT:FRAMES"),
             ({"seed": -1}, "seed"),
             ({"length": OTHER, "seconds": None}, "seconds"),
             ({"length": OTHER, "seconds": 1e9}, "at most"),
@@ -222,7 +240,7 @@ class TestPage:
             text = Page(service).weigh(*filled(**{name: getattr(spec, name) for name in CACHE_FIELDS}))[0]
             assert 'data-verdict="yes"' in text and "Fits" in text
             told.append(re.findall("<dt>KV cache</dt><dd>(.*?)</dd>", text))
-        assert told == [["3.54 MB"], ["310 kB"]]
+        assert told == [["3.54 MB"], ["476 kB"]]
 
     def test_bytes_for_people(self) -> None:
         texts = [size_text(count) for count in (None, 0, 999, 1000, 999_499, 999_500, 10**7, 2 * 10**15)]

@@ -288,7 +288,9 @@ class TestOneVideo:
         stage_state(page, "completed")
 
     def test_settings_can_be_copied_and_reused(self, visit: Begin, quiet: Server) -> None:
-        quiet.until(quiet.make(id="old", seed=41, cache="int8,window=9,sink=3", seconds=2)["id"], "completed")
+        quiet.until(
+            quiet.make(id="old", seed=41, cache="int4,keep_sinks=false,newer=", seconds=2)["id"], "completed"
+        )
         first = visit(permissions=["clipboard-read", "clipboard-write"])
         page = first.page()
         page.get_by_role("tab", name="Gallery").click()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ from torch import Tensor
 from tests.tiny import build_geometry, noise, relative_l2
 from vidkv.attention import CachedAttention, _noise_gain
 from vidkv.cache import CacheGeometry, CacheSpec, KVCache
-from vidkv.cache.prune import most_different
+from vidkv.cache.prune import difference, largest, sampled
+from vidkv.cache.snapshot import CacheSnapshot
+from vidkv.errors import CacheSpecError, StateError
 from vidkv.kernels.rope import rotate_spatial, spatial_phases
 from vidkv.read_path import REFERENCE, TWO_PASS, ReadPath
 
@@ -58,7 +61,7 @@ class TestMass:
         with cache.committing():
             attention = CachedAttention(cache, path, commit=True)
             keys = [cache.read(0, segment, temporal)[0].double() for segment, temporal in attention.segments]
-            _, mass = attention._read_segments(0, *turned(attention, q, k, v))
+            _, mass, _ = attention._read_segments(0, *turned(attention, q, k, v))
             attention.layer(0)(q, k, v)
         own = turned(attention, q, k, v)
         scores = torch.cat([*(own[0].double() @ x.transpose(-1, -2) for x in keys),
@@ -176,7 +179,7 @@ class TestPruning:
         v = torch.arange(6.0).expand(1, 2, 3, 6)[..., None].repeat(1, 1, 1, 1, 4)
         k[0, 0, 1, [4, 1]] += 1
         k[0, 1, 2, [0, 5]] -= 2
-        kept_k, kept_v = most_different(k, v, anchor, 2)
+        kept_k, kept_v = largest(k, v, difference(k, anchor), 2)
         assert kept_v[0, 0, 1, :, 0].tolist() == [1, 4] and kept_v[0, 1, 2, :, 0].tolist() == [0, 5]
         assert torch.equal(kept_k[0, 0, 1], k[0, 0, 1, [1, 4]])
 
@@ -196,7 +199,7 @@ class TestPruning:
         for frame in (2, 3, 4, 5):
             keys = whole[frame // 2][:, frame % 2].transpose(1, 2)[:, :, None]
             values = chunks[frame // 2][2][:, frame % 2].transpose(1, 2)[:, :, None]
-            wanted = most_different(keys, values, anchor, 3)
+            wanted = largest(keys, values, difference(keys, anchor), 3)
             for got, want in zip((k, v), wanted, strict=True):
                 assert relative_l2(got[:, :, at : at + 3], want[:, :, 0]) < 1e-2
             at += 3
@@ -206,6 +209,193 @@ class TestPruning:
         anchors = half.means["keyframe"].nbytes
         assert half.nbytes - anchors < 0.6 * whole.nbytes
         assert half.bytes_per_frame * 2 == whole.bytes_per_frame
+
+
+class TestPruningByMass:
+    """Values carry the number of their token, so that pages tell which tokens they have kept."""
+
+    SPEC = "bf16,sink=1,segment=2,keep_tokens=0.5,keep_by=mass"
+    GEOMETRY = replace(GEOMETRY, head_order=((1, 0), (0, 1)))
+
+    def numbered(self, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = chunk(seed)
+        v[..., 0] = (torch.arange(12.0) + 12 * seed).view(1, 2, 6, 1)
+        return 3 * q, k, v
+
+    @pytest.mark.parametrize("path", [TWO_PASS, REFERENCE], ids=str)
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            "window=9",
+            "window=9,newer=fp32:3",
+            "window=9,positions=absolute,newer=fp32:2",
+            "window=9,local_heads=1",
+            # some that are read stand nearer than they are
+            "window=16,newer=fp32:7,select=9",
+        ],
+    )
+    def test_the_most_attended_stay(
+        self, settings: str, path: ReadPath, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Against one softmax of the sampled queries over all that the chunk reads, itself included."""
+        monkeypatch.setattr("vidkv.cache.prune.SAMPLED_QUERIES", 5)
+        cache = cache_of(f"{self.SPEC},{settings}", self.GEOMETRY)
+        checked = 0
+        for number in range(11):
+            q, k, v = self.numbered(number)
+            before = {frame for frame, page in cache.table.items() if page.pool == "pages"}
+            cache.begin(2)
+            with cache.committing():
+                attention = CachedAttention(cache, path, commit=True)
+                mass = [self.mass(attention, layer, q, k, v) for layer in range(2)]
+                for layer in range(2):
+                    attention.layer(layer)(q, k, v)
+            pool = cache.pools["pages"]
+            for frame in {f for f, page in cache.table.items() if page.pool == "pages"} - before:
+                if 6 * frame not in mass[0][0]:
+                    # a selection has left it out
+                    continue
+                slot = torch.tensor([cache.table[frame].slot])
+                for layer in range(2):
+                    _, kept = pool.format.read(pool.storage, layer, slot, torch.float32, None, None)
+                    for head in range(kept.shape[1]):
+                        ranked = sorted(range(6), key=lambda token: -mass[layer][head][6 * frame + token])
+                        wanted = [6 * frame + token for token in sorted(ranked[:3])]
+                        assert kept[0, head, 0, :, 0].tolist() == wanted
+                        checked += 1
+        assert checked >= 20
+
+    def mass(
+        self, attention: CachedAttention, layer: int, q: Tensor, k: Tensor, v: Tensor
+    ) -> list[dict[int, float]]:
+        """By kv head that keeps pages and number of the token, its mass."""
+        q, k, v = turned(attention, q, k, v)
+        pages = [attention.cache.read(layer, *segment) for segment in attention.segments]
+        heads = attention.cache.heads
+        kept = heads[layer][0].tolist() if heads else [0, 1]
+        found = []
+        for place, head in enumerate(kept):
+            keys = torch.cat([*(page[0][0, place] for page in pages), k[0, head]]).double()
+            numbers = torch.cat([*(page[1][0, place, :, 0] for page in pages), v[0, head, :, 0]]).int()
+            asked = q[0, 2 * head : 2 * head + 2, [0, 2, 4, 7, 9]].double()
+            shares = (asked @ keys.T / 12**0.5).softmax(-1).sum((0, 1))
+            found.append(dict(zip(numbers.tolist(), shares.tolist(), strict=True)))
+        return found
+
+    def test_the_sample_is_spread_over_the_chunk(self) -> None:
+        assert sampled(12, torch.device("cpu")).tolist() == list(range(12))
+        many = sampled(4680, torch.device("cpu"))
+        assert len(many) == 64 and many[0] == 0 and set(many.diff().tolist()) == {73, 74}
+
+    def test_restored_forked_or_gone_on_with_it_keeps_the_same(self) -> None:
+        settings = f"{self.SPEC},window=9,newer=fp32:3"
+        cache = cache_of(settings)
+        run(cache, [self.numbered(i) for i in range(3)])
+        other = cache_of(settings)
+        other.restore(*cache.state_tensors())
+        caches = cache, other, cache.fork()
+        for one in caches:
+            run(one, [self.numbered(i) for i in (3, 4)])
+        for frame in cache.table:
+            pages = [one.page(frame) for one in caches]
+            assert all(torch.equal(page[name], pages[0][name]) for page in pages for name in page)
+
+    def test_it_keeps_no_anchor_and_counts_its_products(self) -> None:
+        by_key, by_mass = (
+            cache_of(f"fp32,window=9,sink=1,keep_tokens=0.5{x}") for x in ("", ",keep_by=mass")
+        )
+        assert by_mass.means == {} and by_key.nbytes - by_key.means["keyframe"].nbytes == by_mass.nbytes
+        run(by_mass, [chunk(0)])
+        # two layers, four heads, all twelve queries, two pages of six tokens
+        assert by_mass.sampled_scores == 2 * 4 * 12 * 2 * 6 and by_key.sampled_scores == 0
+
+    def test_without_a_pass_any_tokens_stay(self) -> None:
+        cache = cache_of("fp32,window=9,sink=1,keep_tokens=0.5,keep_by=mass")
+        k, v = (noise(1, 2, 2, 6, 12, seed=i) for i in (1, 2))
+        cache.begin(2)
+        with cache.committing():
+            for layer in range(2):
+                cache.write(layer, k, v)
+        cache.begin(2)
+        found, _ = cache.read(0, cache.segments[0])
+        for key in found[0, 0]:
+            assert (k[0, 0] == key).all(-1).any()
+
+
+class TestLocalHeads:
+    GEOMETRY = build_geometry(
+        layers=2, kv_heads=2, head_dim=12, height=2, width=3, chunk_frames=2, head_order=((1, 0), (0, 1))
+    )
+
+    def test_mass_is_that_of_all_heads(self) -> None:
+        """Local heads give the history nothing: shares are half of what the other heads give."""
+        chunks = [chunk(i) for i in range(4)]
+        parted = cache_of("fp32,window=14,sink=2,policy=snapkv,local_heads=1", self.GEOMETRY)
+        run(parted, chunks)
+        # layer 0 keeps head 0, layer 1 head 1: each of them in a cache of its own
+        shares: dict[int, float] = dict.fromkeys(parted.layout.scores, 0.0)
+        for head in range(2):
+            one = build_geometry(layers=1, kv_heads=1, head_dim=12, height=2, width=3, chunk_frames=2)
+            cache = cache_of("fp32,window=14,sink=2,policy=snapkv", one)
+            mine = slice(2 * head, 2 * head + 2)
+            run(cache, [(q[..., mine, :], k[..., [head], :], v[..., [head], :]) for q, k, v in chunks])
+            for frame, share in cache.layout.scores.items():
+                shares[frame] += share / 4
+        assert shares and parted.layout.scores == pytest.approx(shares)
+
+    def test_a_selection_goes_by_the_heads_with_pages(self) -> None:
+        cache = cache_of("fp32,window=12,sink=2,select=8,local_heads=1", self.GEOMETRY)
+        chunks = [chunk(i) for i in range(9)]
+        run(cache, chunks)
+        evidence = cache.evidence
+        assert evidence is not None and evidence.keys.shape[2:] == (1, 1, 12)
+        q, _, _ = chunks[-1]
+        for layer, head in ((0, 0), (1, 1)):
+            frame, row = next(iter(evidence.rows.items()))
+            wanted = chunks[frame // 2][1][:, frame % 2, :, head].mean(1)
+            torch.testing.assert_close(evidence.keys[row, layer, :, 0], wanted.half(), rtol=1e-2, atol=1e-3)
+            groups = q[..., 2 * head : 2 * head + 2, :].mean((1, 2, 3))
+            torch.testing.assert_close(evidence.queries[layer, :, 0], groups)
+
+    def test_pruning_and_keyframes_know_the_heads_with_pages(self) -> None:
+        for settings in ("fp32,keep_tokens=0.5", "int2,hadamard=false,keyframe,newer=,jensen"):
+            cache = cache_of(f"{settings},window=12,sink=2,local_heads=1", self.GEOMETRY)
+            run(cache, [chunk(i) for i in range(6)])
+            turned = rotate_spatial(chunk(0)[1], spatial_phases(12, 2, 3))
+            for layer, head in ((0, 0), (1, 1)):
+                wanted = turned[..., head, :].mean(1)
+                assert relative_l2(cache.means["keyframe"][layer, :, 0], wanted) < 1e-2
+
+    def test_state_forks_and_snapshots(self) -> None:
+        spec = "int8,window=12,sink=2,local_heads=1"
+        cache = cache_of(spec, self.GEOMETRY)
+        run(cache, [chunk(i) for i in range(4)])
+        restored, forked, given = cache_of(spec, self.GEOMETRY), cache.fork(), cache.fork()
+        restored.restore(*cache.state_tensors())
+        snapshot = CacheSnapshot(cache)
+        run(given, [chunk(8)])
+        snapshot.give(given)
+        outputs = []
+        for other in (cache, restored, forked, given):
+            other.begin(2)
+            outputs.append(CachedAttention(other).layer(1)(*chunk(9)))
+        assert all(torch.equal(out, outputs[0]) for out in outputs[1:])
+
+    def test_pages_of_other_heads_are_refused(self) -> None:
+        spec = "int8,window=12,sink=2,local_heads=1"
+        cache = cache_of(spec, self.GEOMETRY)
+        run(cache, [chunk(0)])
+        tensors, header = cache.state_tensors()
+        other = cache_of(spec, replace(self.GEOMETRY, head_order=((0, 1), (0, 1))))
+        with pytest.raises(StateError, match=r"heads \[\[0\], \[1\]\].*\[\[1\], \[1\]\]"):
+            other.restore(tensors, header)
+        del header["heads"]
+        with pytest.raises(StateError, match="no 'heads'"):
+            cache.restore(tensors, header)
+
+    def test_unmeasured_heads_are_an_error(self) -> None:
+        with pytest.raises(CacheSpecError, match="vidkv eval heads"):
+            cache_of("int8,window=12,local_heads=1")
 
 
 class TestJensen:

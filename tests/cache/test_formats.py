@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests.cache.test_evidence import cache_of, chunk, run
 from tests.tiny import build_geometry, noise, relative_l2
+from vidkv.attention import BlockCausalAttention, CachedAttention
 from vidkv.cache import CacheGeometry, CacheSpec, KVCache, planned_bytes
 from vidkv.cache.formats import FORMATS
 from vidkv.cache.formats.base import PageFormat, Storage
@@ -105,10 +106,33 @@ class TestEveryFormat:
             run(cache, [chunk(i, geometry, heads=6) for i in range(5)])
             assert cache.nbytes == planned_bytes(cache.spec, geometry, torch.float32)
             cache.begin(2)
-            from vidkv.attention import CachedAttention
-
             outputs.append(CachedAttention(cache).layer(0)(*chunk(9, geometry, heads=6)))
         assert relative_l2(*outputs) <= BITS_OF_ERROR.get(name, 0.6)
+
+    def test_with_heads_that_keep_no_pages(self, name: str, poisoned_empty: None) -> None:
+        """Those that do read what they read beside the others; the others read the chunk alone."""
+        geometry = build_geometry(
+            layers=2, kv_heads=3, head_dim=32, height=2, width=3, chunk_frames=2, batch=2,
+            head_order=((2, 0, 1), (1, 2, 0)),
+        )  # fmt: skip
+        spec, outputs = f"{name},window=12,sink=2,segment=3", []
+        for settings in (spec, f"{spec},local_heads=1"):
+            cache = cache_of(settings, geometry)
+            run(cache, [chunk(i, geometry, heads=6) for i in range(6)])
+            assert cache.nbytes == planned_bytes(cache.spec, geometry, torch.float32)
+            cache.begin(2)
+            reader = CachedAttention(cache)
+            outputs.append([reader.layer(layer)(*chunk(9, geometry, heads=6)) for layer in range(2)])
+        pools = [buffer for pool in cache.pools.values() for buffer in pool.storage.values()]
+        assert all(buffer.shape[3] == 2 for buffer in pools), "of three heads two keep pages"
+        reads = BlockCausalAttention(2, 3, CacheSpec(window=2, sink=0), [2]).layer(0)
+        alone = reads(*chunk(9, geometry, heads=6))
+        for layer, (whole, parted) in enumerate(zip(*outputs, strict=True)):
+            local = geometry.head_order[layer][0]
+            for head in range(6):
+                wanted = alone if head // 2 == local else whole
+                assert relative_l2(parted[..., head, :], wanted[..., head, :]) < 1e-5, (layer, head)
+            assert relative_l2(whole[..., 2 * local, :], alone[..., 2 * local, :]) > 0.1
 
 
 class Latent(PageFormat):

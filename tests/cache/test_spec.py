@@ -29,12 +29,13 @@ def specs(draw: st.DrawFn) -> CacheSpec:
             "jensen": draw(st.booleans()),
             "key_scale": draw(st.sampled_from(["token", "channel"])),
         }
-    window = draw(st.integers(1, 1000))
+    window, kept = draw(st.integers(1, 1000)), draw(st.sampled_from([1.0, 0.5, 0.123]))
     return CacheSpec(
         format=format,
         window=window,
         newer=draw(st.sampled_from(["", "int8:3", "bf16:1+int8:20+int4:7"])),
-        keep_tokens=draw(st.sampled_from([1.0, 0.5, 0.123])),
+        keep_tokens=kept,
+        keep_by="key" if kept == 1 else draw(st.sampled_from(["key", "mass"])),
         select=draw(st.integers(0, window)),
         **narrow,
         sink=0 if policy == "sliding_window" else draw(st.integers(0, 50)),
@@ -44,6 +45,7 @@ def specs(draw: st.DrawFn) -> CacheSpec:
         keep_sinks=draw(st.booleans()),
         value_scale=draw(st.sampled_from(["token", "channel"])),
         segment=draw(st.integers(1, 99)),
+        local_heads=draw(st.integers(0, 5)),
     )
 
 
@@ -98,6 +100,7 @@ class TestAgainstThePages:
             ("int8,newer=int8:3", ["newer='int8:3'", "twice, or that of the oldest"]),
             ("int4,hadamard=false,newer=int8:2+int8:3", ["twice"]),
             ("int8,select=6", ["select=6: sink=3 and a chunk of 3", "at least 7"]),
+            ("int8,local_heads=1", ["local_heads=1 of 1 kv heads", "say at most 0"]),
         ],
     )
     def test_one_line_that_says_what_to_do(self, text: str, words: list[str]) -> None:
@@ -118,7 +121,11 @@ def test_a_new_setting_changes_no_identity() -> None:
         "keep_newest": False, "keep_sinks": False, "value_scale": "token", "segment": 6,
     }  # fmt: skip
     assert CacheSpec.parse("int4").identity["newer"] == "int8:3"
-    assert CacheSpec.parse("int8,select=9").identity != CacheSpec.parse("int8").identity
+    for other in ("int8,select=9", "int8,local_heads=1"):
+        assert CacheSpec.parse(other).identity != CacheSpec.parse("int8").identity
+    pruned = "int8,keep_tokens=0.5"
+    assert "keep_by" not in CacheSpec.parse(pruned).identity
+    assert CacheSpec.parse(f"{pruned},keep_by=mass").identity["keep_by"] == "mass"
 
 
 class TestErrors:
@@ -153,7 +160,10 @@ class TestErrors:
             ("keep_tokens=0", ["keep_tokens='0'", "greater than 0"]),
             ("keep_tokens=nan", ["keep_tokens='nan'"]),
             ("keep_tokens=1.5", ["less than or equal to 1"]),
+            ("keep_by=mass", ["keep_by=mass says which", "such as keep_tokens=0.5"]),
+            ("keep_tokens=0.5,keep_by=age", ["keep_by='age'", "'key' or 'mass'"]),
             ("select=30", ["select=30 of a window of 21"]),
+            ("local_heads=-1", ["local_heads='-1'", "greater than or equal to 0"]),
         ],
     )
     def test_one_line_that_names_the_setting(self, text: str, words: list[str]) -> None:

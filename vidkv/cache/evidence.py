@@ -9,13 +9,14 @@ from einops import reduce
 from torch import Tensor
 
 from vidkv.cache.spec import CacheGeometry, CacheSpec
+from vidkv.cache.tiers import page_geometry
 
 
 def evidence_bytes(spec: CacheSpec, geometry: CacheGeometry) -> int:
     """Bytes that `Evidence` allocates."""
     if not spec.select:
         return 0
-    return (spec.capacity(geometry.chunk_frames) * 2 + 4) * _elements(geometry)
+    return (spec.capacity(geometry.chunk_frames) * 2 + 4) * _elements(page_geometry(spec, geometry))
 
 
 def _elements(g: CacheGeometry) -> int:
@@ -26,11 +27,12 @@ class Evidence:
     """Mean keys of resident frames and mean queries of the last chunk, for a cache that selects.
 
     Means are over tokens and before rotation, (layers, batch, kv_heads, head_dim): float16 keys, float32
-    queries; queries also over the frames of a chunk and the query heads of a group.
+    queries; queries also over the frames of a chunk and the query heads of a group. Heads without pages are
+    not among them.
     """
 
     def __init__(self, spec: CacheSpec, geometry: CacheGeometry, device: torch.device) -> None:
-        g = geometry
+        g = page_geometry(spec, geometry)
         shape = (g.layers, g.batch, g.kv_heads, g.head_dim)
         self.keys = torch.zeros(spec.capacity(g.chunk_frames), *shape, dtype=torch.float16, device=device)
         self.queries = torch.zeros(shape, device=device)

@@ -20,13 +20,13 @@ from vidkv.cache.formats.base import PageFormat
 from vidkv.cache.layout import Layout, OpenChunk
 from vidkv.cache.offload import OffloadedPool, planned_places
 from vidkv.cache.pool import PagePool, Target
-from vidkv.cache.prune import most_different
+from vidkv.cache.prune import attention_mass, difference, largest
 from vidkv.cache.saved import check_tensor, entry, whole_numbers
 from vidkv.cache.spec import CacheGeometry, CacheSpec
-from vidkv.cache.tiers import planned_means, planned_pools, planned_tiers
+from vidkv.cache.tiers import history_heads, planned_means, planned_pools, planned_tiers
 from vidkv.errors import CacheSpecError, CacheStateError, StateError
 from vidkv.kernels.paged_attention import PageRun
-from vidkv.kernels.rope import rotate_last
+from vidkv.kernels.rope import rotate_last, temporal_phases
 
 
 class State(Enum):
@@ -124,6 +124,9 @@ class KVCache:
         dtype: compute dtype: what reads return and 16-bit pages hold.
         pools: pools of another cache to share, in which room is reserved; by default the cache allocates
             its own.
+
+    Attributes:
+        heads: by layer, int64 on its device: the kv heads that keep pages, and the others; None if all do.
     """
 
     def __init__(
@@ -136,6 +139,10 @@ class KVCache:
     ) -> None:
         self.spec, self.geometry, self.device, self.dtype = spec, geometry, torch.device(device), dtype
         self.layout = Layout(spec, geometry.chunk_frames)
+        self._kept_heads = history_heads(spec, geometry)
+        self.heads: list[tuple[Tensor, Tensor]] | None = None
+        if self._kept_heads:
+            self.heads = [self._parted(kept) for kept in self._kept_heads]
         self.tiers = planned_tiers(spec, geometry, dtype)
         self.plan = {tier.name: (tier.format, tier.slots) for tier in reversed(self.tiers)}
         if pools is None:
@@ -163,6 +170,12 @@ class KVCache:
         self._commit: _Commit | None = None
         self.pages_read = 0
         self.lossy_pages_read = 0
+        self.sampled_scores = 0
+
+    def _parted(self, kept: Sequence[int]) -> tuple[Tensor, Tensor]:
+        others = [head for head in range(self.geometry.kv_heads) if head not in kept]
+        here, local = (torch.tensor(heads, device=self.device) for heads in (kept, others))
+        return here, local
 
     def _own_pools(self) -> dict[str, PagePool]:
         places = planned_places(self.spec, self.geometry, self.dtype)
@@ -215,6 +228,11 @@ class KVCache:
     def scored(self) -> bool:
         """Whether the clean pass is to measure what each page gets of the attention."""
         return self.layout.policy.scored
+
+    @property
+    def samples(self) -> bool:
+        """Whether the clean pass is to hand some of its queries over, to choose the tokens that stay by."""
+        return self.spec.keep_by == "mass"
 
     @property
     def bytes_per_frame(self) -> int:
@@ -322,7 +340,8 @@ class KVCache:
             temporal: frame phases (pages, time pairs) of each run, to turn keys by; None leaves them.
 
         Returns:
-            k, v: (batch, kv_heads, keys, head_dim) in the compute dtype, page after page.
+            k, v: (batch, kv_heads, keys, head_dim) in the compute dtype, page after page; of the heads that
+            keep pages.
         """
         parts = []
         for index, run in enumerate(segment):
@@ -385,16 +404,28 @@ class KVCache:
             return None
         return self.means["keyframe" if format.narrow and self.spec.keyframe else "key_mean"][layer]
 
-    def observe(self, layer: int, q: Tensor, k: Tensor, mass: Mapping[int, Tensor] | None = None) -> None:
+    def observe(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        mass: Mapping[int, Tensor] | None = None,
+        sampled: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         """Take in what the clean pass shows of one layer.
 
         Args:
             q, k: of the chunk (batch, frames, tokens, heads, head_dim), k with kv_heads; not rotated.
             mass: by frame, its share of the attention, mean over videos, heads and queries.
+            sampled: some queries (batch, heads, queries, head_dim), turned, and their log-sum-exps (batch,
+                heads, queries), of the heads that keep pages.
         """
         assert self._commit is not None and self.opened is not None
+        self._commit.sampled = sampled
         start = self.opened.start
         if self.evidence:
+            if self.heads:
+                q, k = (of_heads(x, 3, self.heads[layer][0], self.geometry.kv_heads) for x in (q, k))
             self.evidence.take(layer, range(start, start + self.opened.frames), q, k)
         for frame, share in (mass or {}).items():
             self._commit.mass[frame] = self._commit.mass.get(frame, 0) + share / self.geometry.layers
@@ -411,6 +442,8 @@ class KVCache:
         if layer in self._commit.written:
             raise CacheStateError(f"layer {layer} of this chunk is committed already")
         self._commit.written.add(layer)
+        if self.heads:
+            k, v = (x.index_select(1, self.heads[layer][0]) for x in (k, v))
         if self.means and not self._mean_frozen:
             self._freeze_means(layer, k, spatial)
         for demotion in self._commit.demotions:
@@ -436,8 +469,20 @@ class KVCache:
         kept = pool.format.tokens
         if kept < k.shape[3]:
             k, spatial = k if spatial is None else rotate_last(k, spatial), None
-            k, v = most_different(k, v, self.means["keyframe"][layer], kept)
+            scores = self._mass(k, target) if self.samples else difference(k, self.means["keyframe"][layer])
+            k, v = largest(k, v, scores, kept)
         pool.write(layer, target, k, v, spatial, self._mean(layer, pool.format))
+
+    def _mass(self, k: Tensor, target: Target) -> Tensor:
+        """What tokens of pages that are about to be written there get of the attention (batch, kv_heads,
+        pages, tokens); nothing where no pass has handed queries over."""
+        assert self._commit is not None and self._commit.offsets is not None
+        if self._commit.sampled is None:
+            return k.new_zeros(k.shape[:-1])
+        q, lse = self._commit.sampled
+        self.sampled_scores += lse.numel() * k.shape[2] * k.shape[3]
+        phases = temporal_phases(k.shape[-1], self._commit.offsets[target.slots])
+        return attention_mass(k, phases, q, lse)
 
     def fork(self) -> KVCache:
         """A second cache with the same history; pages are shared until each has moved on."""
@@ -490,6 +535,8 @@ class KVCache:
             "next_frame": self.layout.next_frame,
             "mean_frozen": self._mean_frozen,
         }
+        if self._kept_heads:
+            header["heads"] = self._kept_heads
         return tensors, header
 
     def restore(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
@@ -543,6 +590,11 @@ class KVCache:
             raise StateError(f"the saved cache settings cannot be read: {error}") from None
         if saved.unbudgeted != self.spec.unbudgeted:
             raise StateError(f"the state was saved with the cache {saved}, this rollout has {self.spec}")
+        if self._kept_heads and entry(header, "heads", list) != self._kept_heads:
+            raise StateError(
+                f"the saved pages are those of the heads {header['heads']!s:.60}, this model keeps "
+                f"{self._kept_heads!s:.60}: its heads were measured anew; start again"
+            )
         next_frame, frozen = entry(header, "next_frame", int), entry(header, "mean_frozen", bool)
         resident = [tuple(pair) if isinstance(pair, list) else () for pair in entry(header, "resident", list)]
         if any([type(part) for part in pair] != [int, str] for pair in resident):
@@ -672,6 +724,7 @@ class KVCache:
         assert self.opened is not None
         start, end = self.opened.start, self.opened.start + self.opened.frames
         kept, sinks = self.layout.after_commit()
+        first_new = self._serial
         for frame in [f for f in self.table if f not in kept]:
             page = self.table.pop(frame)
             self.pools[page.pool].release(page.slot)
@@ -707,7 +760,26 @@ class KVCache:
                 name: (_span(indices), self.pools[name].target(slots))
                 for name, (indices, slots) in writes.items()
             },
+            self._offsets(first_new) if self.samples else None,
         )
+
+    def _offsets(self, serial: int) -> Tensor:
+        """By slot of the final format, frames from the open chunk's first one to the page that is to go
+        there; a page that the chunk does not read counts by its true distance.
+
+        Args:
+            serial: of the first page that is new.
+        """
+        assert self.opened is not None
+        opened = self.opened
+        read = dict(zip(opened.history, opened.positions, strict=True))
+        offsets = torch.zeros(self.pools["pages"].slots, dtype=torch.int64)
+        for frame, page in self.table.items():
+            if page.pool == "pages" and page.serial >= serial:
+                offsets[page.slot] = frame - opened.start
+                if frame in read:
+                    offsets[page.slot] = read[frame] - opened.first_position
+        return offsets.to(self.device)
 
     def _new_page(self, pool: str) -> Page:
         self._serial += 1
@@ -743,6 +815,17 @@ class _Placed:
     @property
     def here(self) -> bool:
         return self.place is not None
+
+
+def of_heads(x: Tensor, dim: int, heads: Tensor, kv_heads: int) -> Tensor:
+    """Of an axis of heads, or of query heads that share kv heads in equal groups, those of some kv heads.
+
+    Args:
+        heads: which, (n,) int64.
+        kv_heads: how many there are.
+    """
+    groups = x.reshape(*x.shape[:dim], kv_heads, -1, *x.shape[dim + 1 :])
+    return groups.index_select(dim, heads).flatten(dim, dim + 1)
 
 
 def _scores(header: Mapping[str, Any]) -> list[float | None]:
@@ -787,11 +870,15 @@ class _Commit:
     Attributes:
         demotions: in the order in which they must be made.
         writes: per pool, which of the chunk's frames and where they go.
+        offsets: by slot of the pages in their final format, see `KVCache._offsets`.
         written: layers done.
         mass: by frame that was read, its share of the attention so far.
+        sampled: of the layer that is about to be written, see `KVCache.observe`.
     """
 
     demotions: list[_Demotion]
     writes: dict[str, tuple[slice | list[int], Target]]
+    offsets: Tensor | None = None
     written: set[int] = field(default_factory=set)
     mass: dict[int, Tensor] = field(default_factory=dict)
+    sampled: tuple[Tensor, Tensor] | None = None

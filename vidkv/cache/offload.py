@@ -149,12 +149,13 @@ class _Scattered(Target):
     """Pages of which some have a place on the device.
 
     Attributes:
-        here: which of the pages have one; `index` is of these.
-        places: theirs on the device.
+        here: which of the pages have one.
+        index: (here,) int64, these places in the pool's storage; places: likewise.
         hosts: on the host, of all.
     """
 
     here: list[int]
+    index: Tensor
     places: list[int]
     hosts: list[int]
 
@@ -323,7 +324,8 @@ class OffloadedPool(PagePool):
             if place is not None:
                 here.append(number)
                 places.append(place)
-        return _Scattered(torch.tensor(places, dtype=torch.int64, device=self.device), here, places, hosts)
+        every, index = (torch.tensor(x, dtype=torch.int64, device=self.device) for x in (slots, places))
+        return _Scattered(every, here, index, places, hosts)
 
     def write(
         self, layer: int, target: Target, k: Tensor, v: Tensor, spatial: Tensor | None, mean: Tensor | None

@@ -17,10 +17,10 @@ class Target:
     """Acquired slots that pages are about to be written to.
 
     Attributes:
-        index: (pages,) int64 on the device, where they lie in the pool's storage.
+        slots: (pages,) int64 on the device.
     """
 
-    index: Tensor
+    slots: Tensor
 
 
 class PagePool:
@@ -103,7 +103,7 @@ class PagePool:
         self, layer: int, target: Target, k: Tensor, v: Tensor, spatial: Tensor | None, mean: Tensor | None
     ) -> None:
         """Encode one layer of pages, see `PageFormat.write`."""
-        self.format.write(self.storage, layer, target.index, k, v, spatial, mean)
+        self.format.write(self.storage, layer, target.slots, k, v, spatial, mean)
 
     def stored(self, layer: int, waiting: tuple[int, ...]) -> tuple[Storage, int]:
         """The buffers that hold one layer of a run's pages, and the layer's place in them.

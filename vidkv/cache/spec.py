@@ -17,8 +17,9 @@ FIRST = (
 BUDGETS = ("device_gb", "host_gb", "disk_gb")
 """Settings that say where pages lie; what is computed does not depend on them."""
 BELOW_EIGHT_BITS = {"keep_sinks": True, "newer": "int8:3"}
-"""Defaults of formats with fewer. Eight bits for sinks and the newest were as good as sixteen in the embedded
-world (`vidkv eval cache`), at half the bytes."""
+"""Defaults of formats with fewer. In the embedded world sixteen bits for sinks and the newest frames instead
+(`newer=bf16:3`) take 1.46 times the bytes for an attention error of 1.06e-2, not 1.10e-2, and as many objects
+recalled (`vidkv eval cache --quick --spec int4 --spec int4,newer=bf16:3`, 2 CPU cores)."""
 
 
 class CacheSpec(BaseModel):
@@ -51,11 +52,14 @@ class CacheSpec(BaseModel):
             the mean of all places, likewise.
         jensen: take out of the attention what zero-mean noise of the keys adds on average (2605.26266),
             likewise.
-        keep_tokens: share of a page's tokens that stay once it has its final format: those whose keys differ
-            most from the first frame's at the same place.
+        keep_tokens: share of a page's tokens that stay once it has its final format.
+        keep_by: which of them: those whose `key` differs most from the first frame's at the same place, or
+            those with the largest attention `mass`, which the clean pass measures on a few queries.
         select: latent frames attended of those in the window, sinks and current chunk included: half of the
             others are the newest, half those whose mean keys meet the last chunk's queries best. 0: all.
         segment: pages that a two-pass read brings into scratch at a time.
+        local_heads: kv heads of every layer that keep no pages and read the current chunk alone: those that
+            were found to read least of the history (`vidkv eval heads`; Dummy Forcing, 2601.20499).
         device_gb: gigabytes that the cache may take on the device; pages of `format` that have no room lie in
             the host's memory and come when they are read. 0: all are on the device.
         host_gb: gigabytes of the host's memory for pages that may leave the device; what has no room there
@@ -81,8 +85,10 @@ class CacheSpec(BaseModel):
     keyframe: bool = False
     jensen: bool = False
     keep_tokens: float = Field(default=1.0, gt=0, le=1)
+    keep_by: Literal["key", "mass"] = "key"
     select: int = Field(default=0, ge=0)
     segment: int = Field(default=6, ge=1)
+    local_heads: int = Field(default=0, ge=0)
     device_gb: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     host_gb: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     disk_gb: float = Field(default=0.0, ge=0, allow_inf_nan=False)
@@ -216,6 +222,11 @@ class CacheSpec(BaseModel):
                 f"disk_gb={self.disk_gb:g}: a cache that reads all its pages in every pass is not read from "
                 "disk; say with select how many frames a chunk reads"
             )
+        if self.keep_by == "mass" and self.keep_tokens == 1:
+            raise CacheSpecError(
+                "keep_by=mass says which tokens of a page stay, and keep_tokens=1 keeps all; say how many, "
+                "such as keep_tokens=0.5, or leave it out"
+            )
         if self.select and self.select > self.window:
             raise CacheSpecError(f"select={self.select} of a window of {self.window}; choose fewer")
 
@@ -265,6 +276,8 @@ class CacheGeometry:
         height, width: tokens per column and row of one latent frame.
         chunk_frames: latent frames of the largest chunk.
         batch: independent videos whose pages lie side by side.
+        head_order: kv heads of every layer, those first that read least of the history; empty where that has
+            not been measured (`vidkv eval heads`).
     """
 
     layers: int
@@ -274,6 +287,7 @@ class CacheGeometry:
     width: int
     chunk_frames: int = 3
     batch: int = 1
+    head_order: tuple[tuple[int, ...], ...] = ()
 
     @property
     def tokens(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -42,6 +42,7 @@ def planned_tiers(spec: CacheSpec, geometry: CacheGeometry, dtype: torch.dtype) 
     Raises:
         CacheSpecError: the settings do not fit these pages.
     """
+    geometry = page_geometry(spec, geometry)
     final = FORMATS[spec.format](spec, geometry, _tokens(spec, geometry))
     capacity = spec.capacity(geometry.chunk_frames)
     full = not final.lossless and (spec.keep_newest or (spec.keep_sinks and not spec.tiers))
@@ -78,13 +79,44 @@ def planned_means(
     spec: CacheSpec, g: CacheGeometry, pools: Mapping[str, tuple[PageFormat, int]]
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of what is frozen at the first commit: mean keys, of all places and of each."""
-    heads = g.layers, g.batch, g.kv_heads
+    heads = g.layers, g.batch, page_geometry(spec, g).kv_heads
     means: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     if any(format.uses_key_mean for format, _ in pools.values()):
         means["key_mean"] = (*heads, g.head_dim), torch.float32
     if has_places(spec):
         means["keyframe"] = (*heads, g.tokens, g.head_dim), torch.bfloat16
     return means
+
+
+def page_geometry(spec: CacheSpec, geometry: CacheGeometry) -> CacheGeometry:
+    """The geometry with the kv heads that keep pages.
+
+    Raises:
+        CacheSpecError: none would.
+    """
+    if spec.local_heads >= geometry.kv_heads:
+        raise CacheSpecError(
+            f"local_heads={spec.local_heads} of {geometry.kv_heads} kv heads: at least one must read the "
+            f"history; say at most {geometry.kv_heads - 1}"
+        )
+    return replace(geometry, kv_heads=geometry.kv_heads - spec.local_heads)
+
+
+def history_heads(spec: CacheSpec, geometry: CacheGeometry) -> list[list[int]] | None:
+    """By layer, the kv heads that keep pages, ascending; None if all do.
+
+    Raises:
+        CacheSpecError: none would, or it has not been measured which heads read least of the history.
+    """
+    page_geometry(spec, geometry)
+    if not spec.local_heads:
+        return None
+    if not geometry.head_order:
+        raise CacheSpecError(
+            f"local_heads={spec.local_heads}: it is not known which heads of this model read least of the "
+            "history; run `vidkv eval heads --model MODEL --write` first, or leave local_heads out"
+        )
+    return [sorted(order[spec.local_heads :]) for order in geometry.head_order]
 
 
 def newest_frames(spec: CacheSpec, chunk_frames: int) -> int:
@@ -94,7 +126,7 @@ def newest_frames(spec: CacheSpec, chunk_frames: int) -> int:
 
 def has_places(spec: CacheSpec) -> bool:
     """Whether the first chunk's mean keys are kept for every place: to code against, or to prune by."""
-    return spec.keyframe or spec.keep_tokens < 1
+    return spec.keyframe or (spec.keep_tokens < 1 and spec.keep_by == "key")
 
 
 def _tokens(spec: CacheSpec, geometry: CacheGeometry) -> int:
