@@ -38,6 +38,8 @@ TOKEN = "correct-horse-battery"
 ONE_SECOND = {"prompt": PROMPT, "seconds": 1}
 QUICK = ApiLimits(poll_s=0.01)
 
+pytestmark = pytest.mark.usefixtures("short_first_chunk")
+
 
 class Api:
     """An application over a store of its own, and a client.

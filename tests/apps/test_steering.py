@@ -22,6 +22,8 @@ from vidkv.segments import probe
 
 OTHER = "a blue square bouncing"
 
+pytestmark = pytest.mark.usefixtures("short_first_chunk")
+
 
 @pytest.fixture
 def api(tmp_path: Path) -> Iterator[Api]:
@@ -216,7 +218,7 @@ class TestLog:
 
 
 class TestSettings:
-    def test_they_make_the_same_video_again(self, api: Api, tmp_path: Path) -> None:
+    def test_they_make_the_same_video_again(self, api: Api, tmp_path: Path, quick_bounce: Path) -> None:
         """The request, the program and the command: all three are run, and give the same latents."""
         api.post(prompt=PROMPT, seconds=2, seed=3, cache="int8,window=9", schedule=[[1.3, OTHER]], id="a")
         work(api)
@@ -229,7 +231,9 @@ class TestSettings:
         words = shlex.split(found["cli"])
         assert words[:2] == ["vidkv", "generate"]
         words[words.index("--out") + 1] = str(tmp_path / "again.mp4")
-        command = [sys.executable, "-m", "vidkv.apps.cli", *words[1:], "--device", "cpu", "--json"]
+        # what is `bounce` here, other processes find in its folder
+        here = ("--model", str(quick_bounce), "--device", "cpu", "--json")
+        command = [sys.executable, "-m", "vidkv.apps.cli", *words[1:], *here]
         ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
         assert ran.returncode == 0, ran.stderr
         made = probe(tmp_path / "again.mp4")
