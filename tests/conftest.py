@@ -27,6 +27,8 @@ hypothesis_settings.load_profile("vidkv")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # the longest begin first: at the end a core would wait for them
+    items.sort(key=lambda item: item.path.name != "test_interpreted.py")
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU; none is visible to torch")
