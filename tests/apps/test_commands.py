@@ -126,7 +126,7 @@ def test_eval_reports_every_metric(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_eval_fails_loudly_when_nothing_was_quantized(capsys: pytest.CaptureFixture[str]) -> None:
-    size = ("--rollouts", "2", "--chunks", "2")
+    size = ("--rollouts", "2", "--chunks", "4")
     code, stdout, stderr = run(capsys, "eval", "world", *size, "--kv-format", "bf16")
     assert (code, stdout) == (2, "")
     assert "no quantized page was read" in stderr

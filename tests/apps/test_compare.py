@@ -515,6 +515,7 @@ def working(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
         thread.join()
 
 
+@pytest.mark.usefixtures("short_first_chunk")
 class TestEndToEnd:
     def test_two_caches_one_seed(self, working: Api) -> None:
         made = post(working, **PAIR | {"seconds": 3}, seed=7)
