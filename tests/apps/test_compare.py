@@ -522,8 +522,10 @@ class TestEndToEnd:
         ids = [made[side]["id"] for side in "ab"]
         for id in ids:
             working.ask("GET", f"/v1/videos/{id}/events")
-        told = look(working, *ids)
-        assert told["complete"] and told["measured"] == 5 and told["caches_alone"]
+        # each call compares as many chunks as its time allows
+        while not (told := look(working, *ids))["complete"]:
+            pass
+        assert told["measured"] == 5 and told["caches_alone"]
         first, *later = told["chunks"]
         # the first chunk has no history that could be kept in another way
         assert first["psnr"] is None and all(chunk["psnr"] is not None for chunk in later)

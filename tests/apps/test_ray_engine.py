@@ -37,11 +37,10 @@ needs_ray = pytest.mark.skipif(
 )
 
 
-def submit(store: JobStore, *videos: tuple[int, float], model: str | Path = "bounce") -> list[str]:
+def submit(store: JobStore, *videos: tuple[int, float]) -> list[str]:
     """Jobs of these seeds and lengths; returns their ids."""
-    prompt, model = "a red circle bouncing", str(model)
     requests = [
-        VideoRequest(id=f"v{seed}-{seconds:g}", prompt=prompt, seed=seed, seconds=seconds, model=model)
+        VideoRequest(id=f"v{seed}-{seconds:g}", prompt="a red circle bouncing", seed=seed, seconds=seconds)
         for seed, seconds in videos
     ]
     return [store.submit(request, CPU).id for request in requests]
@@ -58,10 +57,10 @@ def store(tmp_path: Path) -> Iterator[JobStore]:
 
 
 @pytest.fixture(scope="module")
-def wanted(tmp_path_factory: pytest.TempPathFactory, quick_bounce: Path) -> dict[str, str]:
+def wanted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Digests of the same videos, made without Ray and without a stop."""
     with JobStore(tmp_path_factory.mktemp("reference")) as store:
-        submit(store, *((seed, SHORT) for seed in range(4)), (0, LONG), (1, LONG), model=quick_bounce)
+        submit(store, *((seed, SHORT) for seed in range(4)), (0, LONG), (1, LONG))
         work_off(store)
         return digests(store)
 
@@ -217,10 +216,8 @@ class TestWorkerOverQueue:
             remote: Any = RemoteStore(Direct(queue), orders)
         return Worker(remote, orders)
 
-    def test_does_all_jobs(
-        self, store: JobStore, queue: Queue, wanted: dict[str, str], quick_bounce: Path
-    ) -> None:
-        ids = submit(store, (0, SHORT), (1, SHORT), model=quick_bounce)
+    def test_does_all_jobs(self, store: JobStore, queue: Queue, wanted: dict[str, str]) -> None:
+        ids = submit(store, (0, SHORT), (1, SHORT))
         self.worker(store, queue).work()
         assert digests(store) == {id: wanted[id] for id in ids}
         assert not queue.bookings.fences
@@ -397,19 +394,17 @@ def require_resumed(store: JobStore, wanted: dict[str, str], ids: list[str], res
 @needs_ray
 @pytest.mark.slow
 class TestCluster:
-    def test_jobs_over_two_actors(
-        self, cluster: Any, store: JobStore, wanted: dict[str, str], quick_bounce: Path
-    ) -> None:
-        ids = submit(store, *((seed, SHORT) for seed in range(4)), model=quick_bounce)
+    def test_jobs_over_two_actors(self, cluster: Any, store: JobStore, wanted: dict[str, str]) -> None:
+        ids = submit(store, *((seed, SHORT) for seed in range(4)))
         workers, started = render(store)
         assert digests(store) == {id: wanted[id] for id in ids}
         assert len(workers) == started == 2
         assert store.counts()[State.DONE] == 4
 
     def test_a_killed_actors_job_goes_on_elsewhere(
-        self, cluster: Any, store: JobStore, wanted: dict[str, str], quick_bounce: Path
+        self, cluster: Any, store: JobStore, wanted: dict[str, str]
     ) -> None:
-        ids = submit(store, (0, LONG), (1, LONG), model=quick_bounce)
+        ids = submit(store, (0, LONG), (1, LONG))
         killed = list[psutil.Process]()
 
         def kill_one() -> None:
@@ -423,9 +418,9 @@ class TestCluster:
         require_resumed(store, wanted, ids, ids[:1])
 
     def test_a_stopped_driver_gives_its_jobs_back(
-        self, cluster: Any, store: JobStore, wanted: dict[str, str], quick_bounce: Path
+        self, cluster: Any, store: JobStore, wanted: dict[str, str]
     ) -> None:
-        ids = submit(store, (0, LONG), (1, LONG), model=quick_bounce)
+        ids = submit(store, (0, LONG), (1, LONG))
         script = (
             "import signal, sys\n"
             "from vidkv.apps.ray_engine import RayEngine\n"
@@ -459,10 +454,10 @@ class TestCluster:
         require_resumed(store, wanted, ids, ids)
 
     def test_a_lost_nodes_job_goes_on_elsewhere(
-        self, cluster: Any, store: JobStore, wanted: dict[str, str], quick_bounce: Path
+        self, cluster: Any, store: JobStore, wanted: dict[str, str]
     ) -> None:
         """The last one: what is left has one CPU."""
-        ids = submit(store, (0, LONG), (1, LONG), model=quick_bounce)
+        ids = submit(store, (0, LONG), (1, LONG))
         raylet = cluster.second.all_processes["raylet"][0].process.pid
         lost = list[str]()
 
