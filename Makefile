@@ -15,9 +15,11 @@ help:  ## show this list
 video: $(READY)  ## generate a minute of video, first.mp4
 	$(BIN)/vidkv generate "$(PROMPT)" --seconds 60 --out first.mp4
 
-# one thread per worker: two workers with all cores each slow one another down
+# one thread per worker: two workers with all cores each slow one another down. A worker has files as a
+# whole, and what they set up once, until it takes work from one that has more left
 test: $(READY)  ## run the whole CPU test suite (ARGS="-k name" narrows it)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --timeout 900 --durations 10 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --timeout 900 --durations 10 \
+	  $(ARGS)
 
 # one process: the browser, the server and its worker have enough to do
 browser: $(READY)  ## use the page in Chromium as people do; pictures in build/browser/ (minutes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,8 @@ def load_parts(folder: Path, options: LoadOptions, skip: set[str]) -> dict[str, 
         CheckpointError: files missing, damaged or of the wrong shape.
     """
     resident = keeps_text(folder, options)
+    # the modules of a network refer to each other: one that was let go stays until it is looked for
+    gc.collect()
     for name, build in (("transformer", CausalWanTransformer3DModel), ("text_encoder", UMT5EncoderModel)):
         if name not in skip:
             verify(folder / name, build)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,6 @@ def load_model(build: type[nn.Module], folder: Path, device: str, dtype: torch.d
         with safe_open(path, framework="pt") as file:
             for name in file.keys():
                 _place(model, name, file.get_tensor(name), device, dtype)
-        gc.collect()
     for name, source in tied.items():
         _tie(model, name, source)
     # what is computed rather than stored, such as position tables

@@ -38,6 +38,8 @@ TOKEN = "correct-horse-battery"
 ONE_SECOND = {"prompt": PROMPT, "seconds": 1}
 QUICK = ApiLimits(poll_s=0.01)
 
+pytestmark = pytest.mark.usefixtures("short_first_chunk")
+
 
 class Api:
     """An application over a store of its own, and a client.
@@ -1041,13 +1043,13 @@ def ssrf(port: int) -> list[str]:
 
 
 class TestSsrf:
-    def test_no_field_is_fetched(self, api: Api) -> None:
+    def test_no_field_is_fetched(self, api: Api, quick_bounce: Path) -> None:
         fields = [*CreateVideo.model_fields, "input_reference", "reference_url", "url"]
         with socket.create_server(("127.0.0.1", 0)) as listener:
             listener.setblocking(False)
             payloads = ssrf(listener.getsockname()[1])
             assert len(set(payloads)) == 40
-            with Opened(api.root, *code_roots()) as seen:
+            with Opened(api.root, *code_roots(), quick_bounce) as seen:
                 for payload in payloads:
                     for field in fields:
                         api.post(**(ONE_SECOND | {field: payload}), expect=422)

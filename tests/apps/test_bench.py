@@ -13,11 +13,20 @@ from typing import Any
 import pytest
 
 from tests.apps.commandline import run
+from tests.tiny import build_pipeline
 from vidkv.apps import bench
 from vidkv.errors import VidkvError
 from vidkv.rollout import ChunkStats
 
 STATS = ChunkStats(0.1, 0.1, 0.1, 1000, 10, 18, 540, 540)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Random weights: a chunk takes milliseconds."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    build_pipeline().save_pretrained(folder)
+    return str(folder)
 
 
 def test_a_chunk_is_measured_in_cpu_time_and_with_its_decoding() -> None:
@@ -64,8 +73,8 @@ def test_a_slope_belongs_to_the_format_that_grows(monkeypatch: pytest.MonkeyPatc
     assert "int8" in bench.table(report)
 
 
-def test_every_format_has_a_process_of_its_own() -> None:
-    with bench._processes("bounce", ["fp32", "int8"], "cpu") as ends:
+def test_every_format_has_a_process_of_its_own(model: str) -> None:
+    with bench._processes(model, ["fp32", "int8"], "cpu") as ends:
         for name, lossy in (("fp32", 0), ("int8", 1)):
             for _ in range(2):
                 ends[name].send("chunk")
@@ -78,7 +87,7 @@ def test_every_format_has_a_process_of_its_own() -> None:
 
 def test_what_a_process_refuses_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
-        (("--formats", "fp32,int7"), "cache format 'int7' is unknown"),
+        (("--formats", "int7"), "cache format 'int7' is unknown"),
         (("--model", "nobody", "--formats", "fp32"), "unknown model 'nobody'"),
     ):
         code, stdout, stderr = run(capsys, "bench", "rollout", "--chunks", "60", *arguments, "--json")
@@ -87,11 +96,20 @@ def test_what_a_process_refuses_is_one_line(capsys: pytest.CaptureFixture[str]) 
         assert "Traceback" not in stderr
 
 
-def test_the_report_is_plain_json(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_counts_exactly(capsys: pytest.CaptureFixture[str], model: str) -> None:
+    formats = ("--formats", "fp32,int8")
     code, stdout, stderr = run(
-        capsys, "bench", "rollout", "--chunks", "60", "--formats", "int8", "--device", "cpu", "--json"
+        capsys, "bench", "rollout", "--model", model, "--chunks", "60", *formats, "--device", "cpu", "--json"
     )
     assert code == 0, stderr
     report = json.loads(stdout)
     assert report["time"] == "process CPU seconds"
-    assert report["formats"]["int8"]["rss_peak_bytes"] > report["formats"]["int8"]["kv_bytes"]
+    for name, row in report["formats"].items():
+        assert row["kv_bytes_constant"], name
+        assert row["pages_read_constant"], name
+        # 18 pages of 2 layers in 2 denoising steps and the clean pass
+        assert row["pages_read_per_chunk"] == 18 * 2 * 3
+        assert row["rss_peak_bytes"] > row["kv_bytes"]
+    assert report["formats"]["fp32"]["lossy_pages_read_per_chunk"] == 0
+    assert report["formats"]["int8"]["lossy_pages_read_per_chunk"] == 18 * 2 * 3
+    assert report["formats"]["int8"]["kv_bytes"] < 0.3 * report["formats"]["fp32"]["kv_bytes"]

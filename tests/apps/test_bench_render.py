@@ -15,6 +15,7 @@ from vidkv.request import EngineSettings, VideoRequest
 from vidkv.segments import SegmentWriter, write_video
 
 
+@pytest.mark.usefixtures("short_first_chunk")
 def test_both_sides_make_the_same_videos(capsys: pytest.CaptureFixture[str]) -> None:
     code, stdout, _ = run(
         capsys, "bench", "render", "--videos", "2", "--seconds", "1", "--device", "cpu", "--json"

@@ -19,6 +19,8 @@ from vidkv.pipeline import CausalVideoPipeline
 
 ROLLOUTS, CHUNKS = 8, 5
 
+pytestmark = pytest.mark.usefixtures("short_first_chunk")
+
 
 def results(seed: int, **shifts: float) -> Results:
     """Curves of noise around one half, some of them shifted; the same seed gives the same noise."""

@@ -31,6 +31,8 @@ from vidkv.pipeline import CausalVideoPipeline
 
 SPEC = CacheSpec.parse("fp32,window=9,sink=3")
 
+pytestmark = pytest.mark.usefixtures("short_first_chunk")
+
 
 def silent(*_: object) -> None:
     """Progress that nobody watches."""

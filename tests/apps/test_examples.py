@@ -6,8 +6,10 @@ import ast
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,19 +23,35 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "apps" / "examples"
 DEADLINE_S = 300
 
 
-def run(name: str, folder: Path, *arguments: str) -> str:
-    """What an example prints, in a process of its own that stands elsewhere."""
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *arguments], cwd=folder, capture_output=True, text=True,
-        timeout=DEADLINE_S, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+Run = Callable[..., str]
+
+# of the shipped model as it is: `test_a_stream_is_saved_and_its_prompt_has_changed`
+pytestmark = pytest.mark.usefixtures("short_first_chunk")
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """What an example prints that is run elsewhere, in this process: another one takes long to begin."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name: str, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
 
 
 @pytest.mark.slow
 def test_a_stream_is_saved_and_its_prompt_has_changed(tmp_path: Path) -> None:
-    said = run("stream.py", tmp_path, "--seconds", "4", "--out", "a.mp4")
+    """In a process of its own, as people run it."""
+    command = [sys.executable, str(EXAMPLES / "stream.py"), "--seconds", "4", "--out", "a.mp4"]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=DEADLINE_S,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = done.stdout
     lines = said.splitlines()
     # 9 frames, then 12 each, of 64
     assert len(lines) == 7 and all(line.startswith(f"chunk {i}: ") for i, line in enumerate(lines[:-1]))
@@ -46,9 +64,9 @@ def test_a_stream_is_saved_and_its_prompt_has_changed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_batch_is_made_and_not_made_again(tmp_path: Path) -> None:
+def test_a_batch_is_made_and_not_made_again(tmp_path: Path, run: Run) -> None:
     arguments = ("--seconds", "1", "--seeds", "4", "5", "--out", "renders")
-    said = run("batch.py", tmp_path, *arguments)
+    said = run("batch.py", *arguments)
     for seed in (4, 5):
         assert f"seed-{seed}: done, 2 of 2 chunks" in said
         assert probe(tmp_path / "renders" / f"seed-{seed}.mp4").frames == 16
@@ -57,15 +75,15 @@ def test_a_batch_is_made_and_not_made_again(tmp_path: Path) -> None:
         assert [job.state for job in jobs] == [State.DONE] * 2
         assert jobs[0].result["latents_sha256"] != jobs[1].result["latents_sha256"]
         made = [store.file(job).stat().st_mtime_ns for job in jobs]
-        again = run("batch.py", tmp_path, *arguments)
+        again = run("batch.py", *arguments)
         assert [store.file(job).stat().st_mtime_ns for job in store.jobs()] == made
     assert "running" not in again
 
 
 @pytest.mark.slow
-def test_two_caches_are_compared(tmp_path: Path) -> None:
+def test_two_caches_are_compared(tmp_path: Path, run: Run) -> None:
     arguments = ("--seconds", "3", "--a", "fp32", "--b", "int8,window=6,sink=3", "--out", "c.png")
-    lines = run("compare_cache.py", tmp_path, *arguments).splitlines()
+    lines = run("compare_cache.py", *arguments).splitlines()
     # the first chunk has no history that could be kept in another way
     assert lines[0] == "chunk 0: PSNR equal, SSIM 1.000"
     values = [float(line.split()[3]) for line in lines[1:5]]
@@ -81,8 +99,8 @@ def test_two_caches_are_compared(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_same_cache_twice_gives_the_same_video(tmp_path: Path) -> None:
-    said = run("compare_cache.py", tmp_path, "--seconds", "1", "--a", "int8", "--b", "int8", "--out", "c.png")
+def test_the_same_cache_twice_gives_the_same_video(run: Run) -> None:
+    said = run("compare_cache.py", "--seconds", "1", "--a", "int8", "--b", "int8", "--out", "c.png")
     assert said.count("PSNR equal, SSIM 1.000") == 2 and "they have not parted" in said
 
 
@@ -97,17 +115,16 @@ def test_an_example_says_how_to_run_it(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
+def test_the_notebook_runs_from_top_to_bottom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     notebook = json.loads((EXAMPLES / "first_steps.ipynb").read_text())
     assert notebook["nbformat"] == 4
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     # nothing is shown that was not run here
     assert all(not cell["outputs"] for cell in notebook["cells"] if cell["cell_type"] == "code")
     (tmp_path / "cells.py").write_text("\n".join([*cells, "print(sheet.size, fidelity.diverged_at)"]))
-    done = subprocess.run(
-        [sys.executable, "cells.py"], cwd=tmp_path, capture_output=True, text=True, timeout=DEADLINE_S,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"^\(\d+, 64\) (None|\d+)$", done.stdout, re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path("cells.py", run_name="__main__")
+    assert re.search(r"^\(\d+, 64\) (None|\d+)$", capsys.readouterr().out, re.MULTILINE)
     assert probe(tmp_path / "steered.mp4").frames == 96

@@ -29,6 +29,8 @@ KEYS = set(
     kv_bytes_peak peak_rss_bytes first_frame_s denoise_fps decode_fps end_to_end_fps latents_sha256""".split()
 )
 
+pytestmark = pytest.mark.usefixtures("short_first_chunk")
+
 
 def generate(capsys: pytest.CaptureFixture[str], out: Path, *more: str) -> dict[str, object]:
     code, stdout, stderr = run(capsys, "generate", PROMPT, "--out", str(out), "--json", *more)
@@ -220,10 +222,12 @@ def test_damaged_weights_are_named(capsys: pytest.CaptureFixture[str], tmp_path:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_run_keeps_a_playable_part(tmp_path: Path, number: int, code: int) -> None:
+def test_a_stopped_run_keeps_a_playable_part(
+    tmp_path: Path, quick_bounce: Path, number: int, code: int
+) -> None:
     out = tmp_path / "a.mp4"
     command = [sys.executable, "-P", "-m", "vidkv.apps.cli", "generate", PROMPT]
-    command += ["--seconds", "600", "--out", str(out)]
+    command += ["--model", str(quick_bounce), "--seconds", "600", "--out", str(out)]
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )

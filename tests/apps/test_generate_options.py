@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import pickle
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,8 @@ from vidkv.segments import probe, read_metadata
 PROMPT, OTHER = "a red circle bouncing", "a blue square resting"
 TINY_SIZE = ("--height", str(HEIGHT), "--width", str(WIDTH), "--seconds", "1.3")
 
+pytestmark = pytest.mark.usefixtures("short_first_chunk")
+
 
 @pytest.fixture(autouse=True)
 def own_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
@@ -40,14 +40,6 @@ def own_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     # the command line switches bars off before the libraries are imported, which is too late here
     monkeypatch.setattr(logging, "_tqdm_active", False)
     return tmp_path / "home"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def little_to_collect() -> Iterator[None]:
-    """Loading a model collects garbage, which among all modules of a test run takes longest."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

@@ -243,7 +243,7 @@ def test_jobs_are_cancelled_retried_and_deleted(
 def test_a_stopped_run_goes_on(
     tmp_path: Path, manifest: Callable[..., Path], capsys: pytest.CaptureFixture[str], number: signal.Signals
 ) -> None:
-    path, out = manifest({"id": "a", "seconds": 60}, {"id": "b"}), tmp_path / "renders"
+    path, out = manifest({"id": "a", "seconds": 30}, {"id": "b"}), tmp_path / "renders"
     command = [sys.executable, "-P", "-m", "vidkv.apps.cli", "render", str(path), "--out", str(out)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -268,4 +268,4 @@ def test_a_stopped_run_goes_on(
     report = json.loads(stdout)
     assert code == 0 and report["counts"]["done"] == 2
     assert next(job["resumed_at"] for job in report["jobs"] if job["id"] == "a") >= done > 0
-    assert probe(out / "a.mp4").frames == 960 and not (out / "a.partial.mp4").exists()
+    assert probe(out / "a.mp4").frames == 480 and not (out / "a.partial.mp4").exists()

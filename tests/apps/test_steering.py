@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.apps.commandline import run
 from tests.apps.test_api import JSON, ONE_SECOND, PROMPT, QUICK, Api, fault, halfway, opened, png
 from tests.faults.requests import Answer
 from vidkv.jobs.store import State
@@ -21,6 +20,8 @@ from vidkv.request import EngineSettings, VideoRequest
 from vidkv.segments import probe
 
 OTHER = "a blue square bouncing"
+
+pytestmark = pytest.mark.usefixtures("short_first_chunk")
 
 
 @pytest.fixture
@@ -216,7 +217,13 @@ class TestLog:
 
 
 class TestSettings:
-    def test_they_make_the_same_video_again(self, api: Api, tmp_path: Path) -> None:
+    def test_they_make_the_same_video_again(
+        self,
+        api: Api,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
         """The request, the program and the command: all three are run, and give the same latents."""
         api.post(prompt=PROMPT, seconds=2, seed=3, cache="int8,window=9", schedule=[[1.3, OTHER]], id="a")
         work(api)
@@ -229,17 +236,17 @@ class TestSettings:
         words = shlex.split(found["cli"])
         assert words[:2] == ["vidkv", "generate"]
         words[words.index("--out") + 1] = str(tmp_path / "again.mp4")
-        command = [sys.executable, "-m", "vidkv.apps.cli", *words[1:], "--device", "cpu", "--json"]
-        ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-        assert ran.returncode == 0, ran.stderr
+        monkeypatch.chdir(tmp_path)
+        code, _, stderr = run(capsys, *words[1:], "--device", "cpu", "--json")
+        assert code == 0, stderr
         made = probe(tmp_path / "again.mp4")
         assert made.frames == 32
         ours, theirs = api.store.file(api.store.get("a")), tmp_path / "again.mp4"
         assert pictures(ours) == pictures(theirs)
         program = found["python"] + "    print(chunk.frames.sum().item())\n"
-        ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
-        assert ran.returncode == 0, ran.stderr
-        assert [line.split()[0] for line in ran.stdout.splitlines()][::2] == ["0", "1", "2"]
+        exec(compile(program, "program", "exec"), {"__name__": "__main__"})
+        printed = capsys.readouterr().out.splitlines()
+        assert [line.split()[0] for line in printed][::2] == ["0", "1", "2"]
 
     def test_switches_of_their_own_go_through_a_manifest(self, api: Api) -> None:
         api.post(prompt=PROMPT, seconds=2, schedule=[[1.3, OTHER, "flush"]], id="a")

@@ -62,16 +62,17 @@ def test_the_registry_describes_what_is_trained() -> None:
 
 
 def test_stages_run_resume_and_make_a_pipeline(trainer: dit.Trainer, tmp_path: Path) -> None:
-    cycle = dit.lessons(9, 2, history=True)
+    cycle = list(dict.fromkeys(dit.lessons(9, 2, history=True)))
+    assert len(cycle) == 3
     before = trainer.student.transformer.proj_out.weight.clone()
-    trainer.run("teacher_forcing", cycle, 6, None, 1e-3)
+    trainer.run("teacher_forcing", cycle, 3, None, 1e-3)
     trainer.run_self_rollout(2, None, 1e-3, frames=9, reuse=2)
     assert not torch.equal(trainer.student.transformer.proj_out.weight, before)
     rows = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
     assert {row["stage"] for row in rows} == {"teacher_forcing", "self_rollout"}
     trained = trainer.student.transformer.proj_out.weight.clone()
-    trainer.run("teacher_forcing", cycle, 6, None, 1e-3)
-    assert json.loads((tmp_path / "teacher_forcing" / "progress.json").read_text())["step"] == 6
+    trainer.run("teacher_forcing", cycle, 3, None, 1e-3)
+    assert json.loads((tmp_path / "teacher_forcing" / "progress.json").read_text())["step"] == 3
     assert not torch.equal(trainer.student.transformer.proj_out.weight, trained)
     folder = bounce.assemble(tmp_path, trainer, trainer.vae, "narrow")
     pipe = CausalVideoPipeline.from_pretrained(folder)
@@ -96,11 +97,11 @@ def test_a_killed_stage_goes_on_as_if_nothing_had_happened(
     monkeypatch.setattr(dit, "SAVE_STEPS", 2)
     cycle = dit.lessons(9, 2, history=True)[:2]
     unbroken = fresh(tmp_path / "unbroken")
-    unbroken.run("teacher_forcing", cycle, 5, None, 1e-2)
+    unbroken.run("teacher_forcing", cycle, 4, None, 1e-2)
     with monkeypatch.context() as patch:
         kill_at(patch, 3)
         with pytest.raises(Killed):
-            fresh(tmp_path / "killed").run("teacher_forcing", cycle, 5, None, 1e-2)
+            fresh(tmp_path / "killed").run("teacher_forcing", cycle, 4, None, 1e-2)
     resumed, steps = fresh(tmp_path / "killed"), []
     update = Stage.update
 
@@ -109,8 +110,8 @@ def test_a_killed_stage_goes_on_as_if_nothing_had_happened(
         return update(self, *args)
 
     monkeypatch.setattr(Stage, "update", watched)
-    resumed.run("teacher_forcing", cycle, 5, None, 1e-2)
-    assert steps == [2, 3, 4]
+    resumed.run("teacher_forcing", cycle, 4, None, 1e-2)
+    assert steps == [2, 3]
     for ours, theirs in zip(resumed.student.parameters(), unbroken.student.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -178,7 +179,7 @@ def test_the_recipe_of_a_gpu_is_refused_without_one(tmp_path: Path, monkeypatch:
 
 def test_self_rollout_ends_a_third_of_the_way(trainer: dit.Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     ends = []
-    for share in (0.0, dit.SELF_ROLLOUT_SHARE, 1.0):
+    for share in (dit.SELF_ROLLOUT_SHARE, 1.0):
         torch.manual_seed(3)
         trainer.generator.manual_seed(3)
         trainer.student = dit.load_parts(weights_folder(BOUNCE))
@@ -186,8 +187,8 @@ def test_self_rollout_ends_a_third_of_the_way(trainer: dit.Trainer, monkeypatch:
         trainer.run_self_rollout(1, None, 1e-2, frames=6, reuse=1)
         ends.append(trainer.student.transformer.proj_out.weight.detach().clone())
         shutil.rmtree(trainer.folder / "self_rollout")
-    start, between, end = ends
-    assert torch.equal(start, dit.load_parts(weights_folder(BOUNCE)).transformer.proj_out.weight)
+    between, end = ends
+    start = dit.load_parts(weights_folder(BOUNCE)).transformer.proj_out.weight.detach()
     assert not torch.equal(start, end)
     torch.testing.assert_close(between, torch.lerp(start, end, 0.35))
 

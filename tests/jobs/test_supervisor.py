@@ -151,11 +151,11 @@ class TestSole:
 class TestWorkers:
     @pytest.mark.slow
     def test_one_that_is_killed_is_replaced_and_its_job_goes_on_to_the_same_end(
-        self, store: JobStore, tmp_path: Path
+        self, store: JobStore, tmp_path: Path, quick_bounce: Path
     ) -> None:
-        """The embedded model, 32 frames, killed after the first chunk and after the second."""
+        """The embedded networks, 32 frames, killed after the first chunk and after the second."""
         options = Options(interval=Interval(0.0, 1e12, 1e9))
-        request = VideoRequest(id="a", prompt="a red circle bouncing", seconds=2)
+        request = VideoRequest(id="a", prompt="a red circle bouncing", seconds=2, model=str(quick_bounce))
         with JobStore(tmp_path / "whole") as whole:
             whole.submit(request, CPU)
             work_off(whole, options)
