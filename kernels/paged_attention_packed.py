@@ -30,8 +30,8 @@ from vidkv.kernels.rope import rotate_first
 BITS = 4
 TOKENS_PER_PROGRAM = 64
 ROWS_PER_PROGRAM = {32: 32, 64: 32, 128: 32, 256: 16}
-"""By channels of a head: more would not fit into registers."""
 QUERIES_PER_PROGRAM = {32: 64, 64: 64, 128: 64, 256: 16}
+"""Of the last and of the first launch, by channels of a head: more would not fit into registers."""
 SMALLEST_SCALE = 1e-20
 """Never 0: a masked score of -inf is multiplied by it."""
 
