@@ -52,6 +52,7 @@ _TURN = {
 }
 _TURN_PACKED = {
     **dict.fromkeys(("turns_ptr", "mean_ptr", "q_scale_ptr", "offsets_ptr", "scale", "root"), "fp32"),
+    "matrix_ptr": "fp16",
     "codes_ptr": "i8",
 }
 _UNPACK = {
@@ -299,11 +300,20 @@ def _packed() -> list[Variant]:
 def _fused_packed(d: int) -> list[Variant]:
     """What the fused read does to packed pages around its main launch."""
     name, size = f"bf16 d{d} packed", {"D": d, "BLOCK": paged_attention_packed.ROWS_PER_PROGRAM[d]}
-    turn = {**size, "PAIRS": 22 if d == 128 else 12, "TURNED": True, "PRECISION": "tf32"}
+    time = {"PAIRS": 22 if d == 128 else 12, "TURNED": True}
+    turn = {"D": d, **time, "BLOCK": paged_attention_packed.QUERIES_PER_PROGRAM[d], "INTERPRETED": False}
+    matrices = {"turns_ptr": "fp32", "out_ptr": "fp16"}
     pages = {"SIZE": d // 2, "V_PER_CHANNEL": False, "BLOCK": paged_attention_packed.TOKENS_PER_PROGRAM}
     merged = dict.fromkeys(("lse_ptr", "more_lse_ptr", "total_ptr", "root"), "fp32")
     return [
         Variant("turn", name, paged_attention_packed._turn_kernel, _TURN_PACKED, turn),
+        Variant(
+            "turn",
+            f"{name} matrices",
+            paged_attention_packed._matrix_kernel,
+            matrices,
+            {"SIZE": d // 2, **time},
+        ),
         Variant("unpack", name, paged_attention_packed._unpack_kernel, _UNPACK, pages),
         Variant("merge", name, paged_attention_packed._merge_kernel, merged, {**size, "PRECISION": "tf32"}),
     ]

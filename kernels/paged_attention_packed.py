@@ -23,14 +23,15 @@ import torch
 from torch import Tensor
 
 from vidkv.kernels.attention import merge_reference
-from vidkv.kernels.jit import ROUND, jit, tl, triton, turn
+from vidkv.kernels.jit import ROUND, interpreted, jit, tl, triton
 from vidkv.kernels.packed import hadamard, unpack
 from vidkv.kernels.rope import rotate_first
 
 BITS = 4
 TOKENS_PER_PROGRAM = 64
 ROWS_PER_PROGRAM = {32: 32, 64: 32, 128: 32, 256: 16}
-"""By channels of a head: more would not fit into registers."""
+QUERIES_PER_PROGRAM = {32: 64, 64: 64, 128: 64, 256: 16}
+"""Of the last and of the first launch, by channels of a head: more would not fit into registers."""
 SMALLEST_SCALE = 1e-20
 """Never 0: a masked score of -inf is multiplied by it."""
 
@@ -100,11 +101,14 @@ def turn_packed_queries(
     q = q.contiguous()
     out = _empty_queries(q, turns, mean, turned, scale)
     b, heads, queries, d = q.shape
-    block = ROWS_PER_PROGRAM[d]
+    pages, pairs = turns.shape[:2]
+    wide = q.dtype if q.dtype == torch.float32 else torch.float16
+    matrices = q.new_empty(pages, d // 2, d // 2, dtype=wide)
+    _matrix_kernel[(pages,)](turns, matrices, SIZE=d // 2, PAIRS=pairs, TURNED=turned, num_warps=4)
+    block = QUERIES_PER_PROGRAM[d]
     _turn_kernel[(triton.cdiv(queries, block), b * heads)](
-        q, turns, mean, *out, queries, turns.shape[0], heads, mean.shape[1], scale, 1 / math.sqrt(d),
-        D=d, PAIRS=turns.shape[1], TURNED=turned, BLOCK=block, PRECISION=_precision(q),
-        num_warps=4,
+        q, turns, matrices, mean, *out, queries, pages, heads, mean.shape[1], scale, 1 / math.sqrt(d),
+        D=d, PAIRS=pairs, TURNED=turned, BLOCK=block, INTERPRETED=interpreted(), num_warps=4,
     )  # fmt: skip
     return out
 
@@ -197,43 +201,58 @@ def _unpack_kernel(
 
 
 @jit
-def _sylvester(SIZE: tl.constexpr):
-    """Sylvester's matrix of ±1, float32: minus where an odd number of bits is set in both indices."""
-    index = tl.arange(0, SIZE)
-    odd = index[:, None] & index[None, :]
-    odd ^= odd >> 4
-    odd ^= odd >> 2
-    odd ^= odd >> 1
-    return 1.0 - 2.0 * (odd & 1).to(tl.float32)
+def _sign(bits):
+    """Of Sylvester's matrix, from the bits that both indices have set: -1 where they are odd in number."""
+    bits ^= bits >> 4
+    bits ^= bits >> 2
+    bits ^= bits >> 1
+    return 1.0 - 2.0 * (bits & 1).to(tl.float32)
 
 
 @jit
-def _halves(
-    low, high, phases_ptr, root, D: tl.constexpr, PAIRS: tl.constexpr, TURNED: tl.constexpr,
-    BLOCK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Lower halves of queries turned back by a page's distance; and both halves of what meets its codes, of
-    which the upper one has been turned by S already."""
-    pairs = tl.arange(0, D // 4)
-    in_time = pairs < PAIRS
-    cos = tl.load(phases_ptr + 2 * pairs, mask=in_time, other=1.0)
-    sin = tl.load(phases_ptr + 2 * pairs + 1, mask=in_time, other=0.0)
-    back = turn(low, cos[None, :], -sin[None, :], BLOCK, D // 2)
+def _phases(turns_ptr, page, SIZE: tl.constexpr, PAIRS: tl.constexpr):
+    """What a channel of a lower half takes of itself and of its pair's other one when it is turned back."""
+    channel = tl.arange(0, SIZE)
+    at = turns_ptr + 2 * (page * PAIRS + channel // 2)
+    in_time = channel < 2 * PAIRS
+    sin = tl.load(at + 1, mask=in_time, other=0.0)
+    return tl.load(at, mask=in_time, other=1.0), tl.where(channel % 2 == 0, -sin, sin)
+
+
+@jit
+def _matrix_kernel(turns_ptr, out_ptr, SIZE: tl.constexpr, PAIRS: tl.constexpr, TURNED: tl.constexpr):
+    """R_-p and then S, or R_-p alone, as the matrix by which the lower half of a query is multiplied."""
+    tl.static_assert(2 * PAIRS <= SIZE)
+    page = tl.program_id(0)
+    cos, sin = _phases(turns_ptr, page, SIZE, PAIRS)
+    row, column = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
     if TURNED:
-        x = tl.dot(back, _sylvester(D // 2), input_precision=PRECISION) * root
-        return back, x + high, x - high
+        own, other = _sign(row & column), _sign((row ^ 1) & column)
     else:
-        return back, back, high
+        own, other = (row == column).to(tl.float32), ((row ^ 1) == column).to(tl.float32)
+    matrix = cos[:, None] * own + sin[:, None] * other
+    tl.store(out_ptr + (page * SIZE + row) * SIZE + column, matrix.to(out_ptr.dtype.element_ty))
+
+
+@jit
+def _product(a, b, INTERPRETED: tl.constexpr):
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32))
+    elif a.dtype == tl.float32:
+        return tl.dot(a, b, input_precision="tf32x3")
+    else:
+        return tl.dot(a, b)
 
 
 @jit
 def _turn_kernel(
-    q_ptr, turns_ptr, mean_ptr, codes_ptr, q_scale_ptr, offsets_ptr,
+    q_ptr, turns_ptr, matrix_ptr, mean_ptr, codes_ptr, q_scale_ptr, offsets_ptr,
     queries, pages, heads, kv_heads, scale, root,
-    D: tl.constexpr, PAIRS: tl.constexpr, TURNED: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, PAIRS: tl.constexpr, TURNED: tl.constexpr, BLOCK: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    tl.static_assert(4 * PAIRS <= D)
     SIZE: tl.constexpr = D // 2
+    WIDE: tl.constexpr = matrix_ptr.dtype.element_ty
     head = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     within = tl.arange(0, SIZE)
@@ -243,27 +262,41 @@ def _turn_kernel(
     low = tl.load(q_ptr + at, mask=row_ok[:, None], other=0.0).to(tl.float32)
     high = tl.load(q_ptr + at + SIZE, mask=row_ok[:, None], other=0.0).to(tl.float32)
     mean_at = mean_ptr + ((head // heads) * kv_heads + (head % heads) // (heads // kv_heads)) * D + within
-    mean_low = tl.load(mean_at)
+    mean, paired = tl.load(mean_at), tl.load(mean_at - within + (within ^ 1))
     of_high = tl.sum(high * tl.load(mean_at + SIZE)[None, :], 1)
+    # in units of the largest channel, which sixteen bits hold whatever the query
+    unit = tl.maximum(tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1)), 1e-20)
+    narrow = (low / unit[:, None]).to(WIDE)
+    upper = high / unit[:, None]
     if TURNED:
-        high = tl.dot(high, _sylvester(SIZE), input_precision=PRECISION) * root
-    page_size = tl.num_programs(1).to(tl.int64) * queries
+        signs = _sign(within[:, None] & within[None, :]).to(WIDE)
+        upper = _product(upper.to(WIDE), signs, INTERPRETED)
+    square = within[:, None] * SIZE + within[None, :]
     largest = tl.zeros((BLOCK,), tl.float32)
     for page in range(pages):
-        phases_ptr = turns_ptr + 2 * page * PAIRS
-        back, x, y = _halves(low, high, phases_ptr, root, D, PAIRS, TURNED, BLOCK, PRECISION)
-        largest = tl.maximum(largest, tl.max(tl.maximum(tl.abs(x), tl.abs(y)), 1))
-        offset = (tl.sum(back * mean_low[None, :], 1) + of_high) * scale
-        tl.store(offsets_ptr + page * page_size + row_at, offset, mask=row_ok)
-    q_scale = tl.maximum(largest / 127.0, 1e-20)
-    tl.store(q_scale_ptr + row_at, q_scale * scale, mask=row_ok)
-    inverse = 1.0 / q_scale
+        x = _product(narrow, tl.load(matrix_ptr + page * SIZE * SIZE + square), INTERPRETED)
+        if TURNED:
+            # the larger of |x + upper| and |x - upper|
+            largest = tl.maximum(largest, tl.max(tl.abs(x) + tl.abs(upper), 1))
+        else:
+            largest = tl.maximum(largest, tl.max(tl.maximum(tl.abs(x), tl.abs(upper)), 1))
+    largest = tl.maximum(largest, 1e-20)
+    size = unit * root if TURNED else unit
+    tl.store(q_scale_ptr + row_at, tl.maximum(largest * size / 127.0, 1e-20) * scale, mask=row_ok)
+    inverse = (127.0 / largest)[:, None]
+    page_size = tl.num_programs(1).to(tl.int64) * queries
     for page in range(pages):
-        phases_ptr = turns_ptr + 2 * page * PAIRS
-        _, x, y = _halves(low, high, phases_ptr, root, D, PAIRS, TURNED, BLOCK, PRECISION)
+        x = _product(narrow, tl.load(matrix_ptr + page * SIZE * SIZE + square), INTERPRETED)
+        if TURNED:
+            y, x = x - upper, x + upper
+        else:
+            y = upper
         target = codes_ptr + page * page_size * D + at
-        tl.store(target, ((x * inverse[:, None] + ROUND) - ROUND).to(tl.int8), mask=row_ok[:, None])
-        tl.store(target + SIZE, ((y * inverse[:, None] + ROUND) - ROUND).to(tl.int8), mask=row_ok[:, None])
+        tl.store(target, ((x * inverse + ROUND) - ROUND).to(tl.int8), mask=row_ok[:, None])
+        tl.store(target + SIZE, ((y * inverse + ROUND) - ROUND).to(tl.int8), mask=row_ok[:, None])
+        cos, sin = _phases(turns_ptr, page, SIZE, PAIRS)
+        offset = (tl.sum(low * (cos * mean + sin * paired)[None, :], 1) + of_high) * scale
+        tl.store(offsets_ptr + page * page_size + row_at, offset, mask=row_ok)
 
 
 @jit
@@ -283,7 +316,8 @@ def _merge_kernel(
     weight = tl.exp(more_lse - total)[:, None]
     low = tl.load(more_ptr + at, mask=in_row, other=0.0).to(tl.float32)
     high = tl.load(more_ptr + at + SIZE, mask=in_row, other=0.0).to(tl.float32)
-    matrix = _sylvester(SIZE)
+    within = tl.arange(0, SIZE)
+    matrix = _sign(within[:, None] & within[None, :])
     more = tl.dot((low + high) * root, matrix, input_precision=PRECISION)
     out = tl.load(out_ptr + at, mask=in_row, other=0.0).to(tl.float32)
     tl.store(merged_ptr + at, (out + weight * (more - out)).to(merged_ptr.dtype.element_ty), mask=in_row)
