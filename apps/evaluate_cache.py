@@ -59,6 +59,7 @@ SPECS = (
     "int4,keyframe",
     "int2,keyframe",
     "int2,newer=,keep_sinks=false",
+    "int2,newer=,keep_sinks=false,centroids=4",
     "int2,newer=,keep_sinks=false,fit=largest,jensen",
     "int8,keep_tokens=0.5",
     "int8,keep_tokens=0.5,keep_by=mass",

@@ -163,6 +163,7 @@ class TestObstacles:
             ("int4,keep_tokens=0.5", "all their tokens"),
             ("int8,newer=k8v4:3,hadamard=false", "does not know pages of int8"),
             ("int8,keep_tokens=0.5", "all their tokens"),
+            ("int4,newer=,keep_sinks=false,centroids=4", "does not know pages"),
             ("int8,newer=bf16:1+fp32:1", "one coded format and one plain one"),
         ],
     )

@@ -27,6 +27,7 @@ def specs(draw: st.DrawFn) -> CacheSpec:
             "hadamard": draw(st.booleans()),
             "fit": draw(st.sampled_from(["error", "largest"])),
             "jensen": draw(st.booleans()),
+            "centroids": draw(st.sampled_from([0, 2, 256])),
             "key_scale": draw(st.sampled_from(["token", "channel"])),
         }
     window, kept = draw(st.integers(1, 1000)), draw(st.sampled_from([1.0, 0.5, 0.123]))
@@ -156,6 +157,9 @@ class TestErrors:
             ("int4,newer=int8:3+", ["'' is no FORMAT:FRAMES"]),
             ("int8,keyframe", ["keyframe says how pages below eight bits", "int8 pages are not", "int4"]),
             ("fp32,group=32", ["group says how"]),
+            ("int8,centroids=4", ["centroids says how", "int8 pages are not"]),
+            ("int4,centroids=4,keyframe", ["keyframe and centroids both say", "choose one"]),
+            ("int4,centroids=257", ["centroids='257'", "less than or equal to 256"]),
             ("int4,keyframe,keep_tokens=0.5", ["does not go with keep_tokens"]),
             ("keep_tokens=0", ["keep_tokens='0'", "greater than 0"]),
             ("keep_tokens=nan", ["keep_tokens='nan'"]),

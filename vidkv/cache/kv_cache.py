@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vidkv.cache.centroids import centroids_of
 from vidkv.cache.evidence import Evidence, evidence_bytes
 from vidkv.cache.formats.base import PageFormat
 from vidkv.cache.layout import Layout, OpenChunk
@@ -402,7 +403,8 @@ class KVCache:
     def _mean(self, layer: int, format: PageFormat) -> Tensor | None:
         if not format.uses_key_mean:
             return None
-        return self.means["keyframe" if format.narrow and self.spec.keyframe else "key_mean"][layer]
+        coarse = "keyframe" if self.spec.keyframe else "centroids" if self.spec.centroids else "key_mean"
+        return self.means[coarse if format.narrow else "key_mean"][layer]
 
     def observe(
         self,
@@ -460,6 +462,8 @@ class KVCache:
             self.means["key_mean"][layer] = turned.mean((2, 3))
         if "keyframe" in self.means:
             self.means["keyframe"][layer] = turned.mean(2).to(self.means["keyframe"].dtype)
+        if "centroids" in self.means:
+            self.means["centroids"][layer] = centroids_of(turned.flatten(2, 3), self.spec.centroids)
 
     def _store(
         self, layer: int, name: str, target: Target, k: Tensor, v: Tensor, spatial: Tensor | None

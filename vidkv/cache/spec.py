@@ -50,6 +50,8 @@ class CacheSpec(BaseModel):
         fit: scales with the least squared `error`, or the `largest` value (nothing is clipped), likewise.
         keyframe: code keys against the mean of the first chunk at the same place in the picture instead of
             the mean of all places, likewise.
+        centroids: code keys against the nearest of so many means, which k-means finds in the first chunk,
+            instead of one; a byte per token and head says which, likewise.
         jensen: take out of the attention what zero-mean noise of the keys adds on average (2605.26266),
             likewise.
         keep_tokens: share of a page's tokens that stay once it has its final format.
@@ -83,6 +85,7 @@ class CacheSpec(BaseModel):
     hadamard: bool = True
     fit: Literal["error", "largest"] = "error"
     keyframe: bool = False
+    centroids: int = Field(default=0, ge=0, le=256)
     jensen: bool = False
     keep_tokens: float = Field(default=1.0, gt=0, le=1)
     keep_by: Literal["key", "mass"] = "key"
@@ -203,7 +206,9 @@ class CacheSpec(BaseModel):
                     f"formats are {', '.join(FORMATS)}"
                 )
         if not any(map(_is_narrow, (self.format, *(name for name, _ in self.tiers)))):
-            self._check_unused("group", "fit", "keyframe", "jensen", "key_scale", "hadamard")
+            self._check_unused("group", "fit", "keyframe", "centroids", "jensen", "key_scale", "hadamard")
+        if self.keyframe and self.centroids:
+            raise CacheSpecError("keyframe and centroids both say what keys are coded against; choose one")
         if self.keyframe and self.keep_tokens < 1:
             raise CacheSpecError("keyframe codes every token of a page; it does not go with keep_tokens")
         if (self.host_gb or self.disk_gb) and not self.device_gb:

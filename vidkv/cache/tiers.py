@@ -85,6 +85,8 @@ def planned_means(
         means["key_mean"] = (*heads, g.head_dim), torch.float32
     if has_places(spec):
         means["keyframe"] = (*heads, g.tokens, g.head_dim), torch.bfloat16
+    if spec.centroids:
+        means["centroids"] = (*heads, spec.centroids, g.head_dim), torch.float16
     return means
 
 

@@ -27,7 +27,8 @@ class PageFormat(ABC):
     Attributes:
         lossless: decoding gives back the 16-bit (or fp32) values that were written.
         uses_key_mean: `write` and `read` need the frozen mean (batch, kv_heads, head_dim), or one for each
-            place (batch, kv_heads, tokens, head_dim) with a `keyframe`.
+            place (batch, kv_heads, tokens, head_dim) with a `keyframe`, or several (batch, kv_heads, number,
+            head_dim) with `centroids`.
         narrow: it has fewer than eight bits a channel.
         fused: the fused read takes these pages as they are (`kernels.paged_attention.PageRun`), unless
             `fused_obstacle` says otherwise of their settings.

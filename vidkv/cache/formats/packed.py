@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vidkv.cache.centroids import nearest, taken_from
 from vidkv.cache.formats.base import PageFormat, Storage
 from vidkv.cache.spec import CacheGeometry, CacheSpec
 from vidkv.errors import CacheSpecError
 from vidkv.kernels.packed import decode, encode
-from vidkv.kernels.rope import rotate_last
+from vidkv.kernels.rope import rotate_first, rotate_last
 
 
 class Packed(PageFormat):
@@ -18,7 +19,7 @@ class Packed(PageFormat):
     The spec says what a scale covers (`group`, `key_scale`, `value_scale`), whether channels are turned by a
     Hadamard matrix first (`hadamard`), how scales are fitted (`fit`), and whether keys are coded against the
     mean of the first chunk at their own place in the picture (`keyframe`: what stands still costs nothing)
-    rather than one mean of all places.
+    rather than one mean of all places, or against the nearest of several means (`centroids`).
 
     Attributes:
         key_bits, value_bits: of a channel.
@@ -33,6 +34,8 @@ class Packed(PageFormat):
 
     def __init__(self, spec: CacheSpec, geometry: CacheGeometry, tokens: int | None = None) -> None:
         super().__init__(spec, geometry, tokens)
+        # the fused read knows one mean of a page
+        self.fused = self.fused and not spec.centroids
         d = geometry.head_dim
         self.group = spec.group or d
         if d % self.group:
@@ -53,6 +56,8 @@ class Packed(PageFormat):
             scales = (1, g.head_dim) if per_channel else (self.tokens, g.head_dim // self.group)
             shapes[name] = (g.batch, g.kv_heads, self.tokens, g.head_dim * bits // 8), torch.uint8
             shapes[f"{name}_scale"] = (g.batch, g.kv_heads, *scales), torch.float16
+        if self.spec.centroids:
+            shapes["k_nearest"] = (g.batch, g.kv_heads, self.tokens), torch.uint8
         if self.spec.jensen:
             shapes["k_noise"] = (g.batch, g.kv_heads), torch.float32
         return shapes
@@ -62,16 +67,22 @@ class Packed(PageFormat):
         mean: Tensor | None,
     ) -> None:  # fmt: skip
         assert mean is not None
-        mean = _placed(mean)
         k = k.float() if spatial is None else rotate_last(k.float(), spatial)
         pages = self.layer(storage, layer)
-        for x, taken, (name, bits, _) in zip((k, v), (mean, None), self._sides(), strict=True):
+        coded, taken_out = k, None
+        if self.spec.centroids:
+            index = nearest(k.flatten(2, 3), mean.float()).view(k.shape[:-1])
+            pages["k_nearest"].index_copy_(0, slots, index.movedim(2, 0))
+            coded = k - taken_from(mean, index)
+        else:
+            taken_out = _placed(mean)
+        for x, taken, (name, bits, _) in zip((coded, v), (taken_out, None), self._sides(), strict=True):
             encode(
                 x, pages[name], pages[f"{name}_scale"], slots, bits, self.group, self.spec.hadamard,
                 self.spec.fit == "error", taken,
             )  # fmt: skip
         if self.spec.jensen:
-            decoded = self._decoded(pages, "k", slots, mean, None, torch.float32)
+            decoded = self._keys(pages, slots, mean, None, torch.float32)
             noise = (decoded - k).square().mean((3, 4))
             pages["k_noise"].index_copy_(0, slots, noise.movedim(2, 0))
 
@@ -81,11 +92,21 @@ class Packed(PageFormat):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         assert mean is not None
         pages = self.layer(storage, layer)
-        k = self._decoded(pages, "k", slots, _placed(mean), temporal, dtype)
+        k = self._keys(pages, slots, mean, temporal, dtype)
         return k, self._decoded(pages, "v", slots, None, None, dtype)
 
     def key_noise(self, storage: Storage, layer: int, slots: Tensor) -> Tensor | None:
         return storage["k_noise"][layer].index_select(0, slots) if self.spec.jensen else None
+
+    def _keys(
+        self, pages: Storage, slots: Tensor, mean: Tensor, temporal: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        if not self.spec.centroids:
+            return self._decoded(pages, "k", slots, _placed(mean), temporal, dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        index = pages["k_nearest"].index_select(0, slots).movedim(0, 2)
+        k = self._decoded(pages, "k", slots, None, None, wide).add_(taken_from(mean, index))
+        return (k if temporal is None else rotate_first(k, temporal[:, None])).to(dtype)
 
     def _decoded(
         self, pages: Storage, name: str, slots: Tensor, mean: Tensor | None, temporal: Tensor | None,
