@@ -43,7 +43,7 @@ shapes: $(READY)  ## try the fused read on thousands of random shapes (SHAPES=30
 	  tests/kernels/interpreted/test_paged_attention.py -n $(WORKERS) -q
 
 kernels: $(READY)  ## compile every kernel for GPUs that need not be here, and show what it takes
-	$(BIN)/vidkv bench kernels
+	$(BIN)/vidkv bench kernels $(ARGS)
 
 lint: $(READY)  ## check style
 	$(BIN)/ruff check .

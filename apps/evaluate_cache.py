@@ -61,6 +61,7 @@ SPECS = (
     "int2,newer=,keep_sinks=false",
     "int2,newer=,keep_sinks=false,centroids=4",
     "int2,newer=,keep_sinks=false,fit=largest,jensen",
+    "int8,local_heads=1",
     "int8,keep_tokens=0.5",
     "int8,keep_tokens=0.5,keep_by=mass",
     "bf16,policy=sliding_window,sink=0",

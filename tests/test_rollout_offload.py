@@ -9,8 +9,8 @@ import torch
 
 from tests.tiny import build_rollout, build_text, build_transformer, noise
 from vidkv.cache import CacheSpec, offload, planned_bytes
-from vidkv.errors import CacheSpecError
-from vidkv.memory import plan_memory
+from vidkv.errors import CacheSpecError, ResourceError
+from vidkv.memory import check_host, plan_memory
 from vidkv.models.registry import MODELS
 from vidkv.models.wan import CausalWanTransformer3DModel
 from vidkv.rollout import Rollout
@@ -196,5 +196,9 @@ def test_planned() -> None:
     assert 3.7e9 < plan.kv_bytes <= 4e9
     assert plan.kv_host_bytes == 237 * 30 * 12 * 1560 * (2 * 128 + 4)
     assert plan.need_bytes("cuda") == plan.peak_bytes == plan.need_bytes("cpu") - plan.kv_host_bytes
+    check_host(plan, plan.kv_host_bytes)
+    check_host(plan, None)
+    with pytest.raises(ResourceError, match=r"34.6 GB of the host's memory, 34.6 GB can .*host_gb, disk_gb"):
+        check_host(plan, plan.kv_host_bytes - 1)
     with pytest.raises(CacheSpecError, match="at least"):
         plan_memory(MODELS["self-forcing-1.3b"], spec.model_copy(update={"device_gb": 0.01}), 480, 832)

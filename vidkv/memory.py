@@ -333,6 +333,23 @@ def check_fits(
     raise ResourceError(f"{message}; use {named}{few}")
 
 
+def check_host(plan: MemoryPlan, available: int | None) -> None:
+    """Refuse a plan for a GPU whose pages have no room in the host's memory either.
+
+    Args:
+        available: free bytes of the host; None is not checked.
+
+    Raises:
+        ResourceError: they need more than there is.
+    """
+    if available is not None and plan.kv_host_bytes > available:
+        raise ResourceError(
+            f"pages that leave the GPU need {gigabytes(plan.kv_host_bytes)} of the host's memory, "
+            f"{gigabytes(available)} can be used; choose a smaller window, or with select budgets of the "
+            "host and of a disk (host_gb, disk_gb)"
+        )
+
+
 def remedies(
     settings: MemorySettings, available: int, device: str, allowed: Collection[str]
 ) -> list[tuple[str, int]]:

@@ -21,7 +21,7 @@ from vidkv.heads import FILE as HEADS_FILE
 from vidkv.heads import head_order, require_shares
 from vidkv.intake import picture, video_end
 from vidkv.loading import find_model, model_entry
-from vidkv.memory import OFFLOADS, MemoryPlan, check_fits, own_guidance, pixel_size, plan_memory
+from vidkv.memory import OFFLOADS, MemoryPlan, check_fits, check_host, own_guidance, pixel_size, plan_memory
 from vidkv.models.checkpoints.folders import read_json, require_tokenizer
 from vidkv.models.families.base import ModelEntry
 from vidkv.models.registry import MODELS, canonical_prompt
@@ -229,6 +229,8 @@ def require_room(plan: Plan) -> None:
     offload = {"offload"} if plan.device == "cuda" else set()
     allowed = {"kv-format", "window", "size", "weights"} | offload
     check_fits(plan.memory, usable_bytes(plan.device), plan.device, allowed)
+    if plan.device == "cuda":
+        check_host(plan.memory, usable_bytes("cpu"))
 
 
 def load_pipeline(plan: Plan) -> CausalVideoPipeline:

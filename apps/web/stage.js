@@ -8,6 +8,7 @@ import {
 const MOST_POINTS = 200;
 const MOST_CELLS = 96;
 const MOST_PAGES = 64;
+const PLACES = { device: "on the device", host: "on the host", disk: "on disk" };
 const POLL_MS = 1500;
 /** Failed connections to the event stream before the page asks by itself. */
 const PATIENCE = 3;
@@ -667,12 +668,16 @@ export class VidkvStage extends HTMLElement {
       ? [...resident.slice(0, sinks.size), ...resident.slice(sinks.size - MOST_PAGES)] : resident;
     const newest = entry.frames && resident.length ? newestOf(resident) : new Set();
     const formats = new Map(resident.map((frame, i) => [frame, entry.formats?.[i] ?? entry.format]));
+    const tiers = new Map(resident.map((frame, i) => [frame, entry.tiers?.[i] ?? "device"]));
+    const where = (frame) => (entry.tiers ? `, ${PLACES[tiers.get(frame)]}` : "");
     parts.pages.replaceChildren(
       ...shown.map((frame) => h("i", { "data-kind": sinks.has(frame) ? "sink" : newest.has(frame) ? "new" : "window",
-        title: `latent frame ${frame}, ${formats.get(frame)}` })),
+        "data-tier": tiers.get(frame), title: `latent frame ${frame}, ${formats.get(frame)}${where(frame)}` })),
       ...(entry.evicted ?? []).slice(-6).map((frame) => h("i", { "data-kind": "gone", title: `latent frame ${frame} has left` })));
     const kinds = [...new Set(formats.values())].map((kind) => [kind, resident.filter((frame) => formats.get(frame) === kind).length]);
-    const held = kinds.length > 1 ? kinds.map(([kind, count]) => `${count} in ${kind}`).join(", ") : `as ${entry.format}`;
+    const places = Object.entries(PLACES).map(([tier, name]) => [name, resident.filter((frame) => tiers.get(frame) === tier).length]);
+    const lie = entry.tiers ? `; ${places.filter(([, count]) => count).map(([name, count]) => `${count} ${name}`).join(", ")}` : "";
+    const held = (kinds.length > 1 ? kinds.map(([kind, count]) => `${count} in ${kind}`).join(", ") : `as ${entry.format}`) + lie;
     const span = resident.length ? `${resident.length} latent frames, ${held}` : "empty";
     parts.pages.setAttribute("aria-label", `${span}, ${sinks.size} of them sinks`);
     const gone = entry.evicted ?? [];
@@ -690,6 +695,8 @@ export class VidkvStage extends HTMLElement {
       ["Used", bytes(entry.kv_bytes)],
       ["Planned", bytes(this.predicted?.kv_bytes)],
       ["Per frame", bytes(entry.bytes_per_frame)],
+      ...(entry.kv_host_bytes ? [["On the host", bytes(entry.kv_host_bytes)]] : []),
+      ...(entry.kv_disk_bytes ? [["On disk", bytes(entry.kv_disk_bytes)]] : []),
       ["Process", bytes(entry.rss_bytes)],
     ]);
   }

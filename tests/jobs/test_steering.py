@@ -517,6 +517,15 @@ class TestLog:
         plain = keep(bench, "plain")
         finish(bench, plain)
         assert all(line["mass"] is None for line in bench.store.folder(plain).read_log()[0])
+        assert all(line["tiers"] is None for line in bench.store.folder(plain).read_log()[0])
+
+    def test_pages_by_where_they_lie(self, bench: Bench) -> None:
+        job = keep(bench, cache="int8,window=21,sink=2,segment=1,device_gb=2e-5")
+        finish(bench, job)
+        lines, _ = bench.store.folder(job).read_log()
+        assert all(len(line["tiers"]) == len(line["resident"]) for line in lines)
+        assert set(lines[-1]["tiers"]) == {"device", "host"}
+        assert lines[-1]["kv_host_bytes"] > lines[-1]["kv_bytes"] / 4 and lines[-1]["kv_disk_bytes"] == 0
 
     def test_half_a_line_waits_for_its_other_half(self, bench: Bench) -> None:
         folder = bench.store.folder(keep(bench))
