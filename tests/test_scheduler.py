@@ -231,6 +231,19 @@ class TestRoom:
         for seed in (1, 2, 3):
             assert is_alone(turns, seed, spec, seed, 5)
 
+    @pytest.mark.parametrize("budget", [1, 3])
+    def test_pages_that_may_leave_the_device(self, budget: int) -> None:
+        """Each video's lie in pools of its own, and count as what they take on the device."""
+        spec = "int8,window=24,sink=2,segment=1,device_gb=1.2e-5"
+        assert need_of(spec).bytes == room(spec) < room("int8,window=24,sink=2,segment=1") / 2
+        scheduler = scheduler_of(budget * room(spec))
+        for seed in (1, 2, 3):
+            add(scheduler, seed, spec, chunks=9)
+        turns = finish(scheduler)
+        assert (scheduler.parkings > 0) is (budget == 1)
+        for seed in (1, 2, 3):
+            assert is_alone(turns, seed, "int8,window=24,sink=2,segment=1", seed, 9)
+
     def test_not_before_it_has_waited(self) -> None:
         scheduler = scheduler_of(room(SPECS[0]), patience=2)
         add(scheduler, 1, chunks=6), add(scheduler, 2, chunks=6)

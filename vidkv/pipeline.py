@@ -375,8 +375,7 @@ class CausalVideoPipeline(DiffusionPipeline, LoraPipelineMixin):
         rows, columns = latent_size(entry, *pixel_size(entry, height, width))
         seeds = [seed + i for i in range(batch)] if seeds is None else seeds
         pools = None
-        # pages that may leave the device are in pools of their own
-        if self.pools is not None and not spec.device_gb:
+        if self.pools is not None:
             config = self.transformer.config
             geometry = CacheGeometry.of_model(config, rows, columns, entry.chunk_frames, len(seeds))
             pools = self.pools.of(spec, geometry, self._execution_device, self.transformer.dtype)

@@ -58,8 +58,11 @@ class Pools:
 
     def of(
         self, spec: CacheSpec, geometry: CacheGeometry, device: torch.device | str, dtype: torch.dtype
-    ) -> PoolSet:
-        """The set for caches of this kind; made empty where there is none."""
+    ) -> PoolSet | None:
+        """The set for caches of this kind; made empty where there is none. None for a kind whose pages may
+        leave the device: each has pools of its own."""
+        if spec.device_gb:
+            return None
         kind = kind_of(spec, geometry, device, dtype)
         self.trim(keep=kind)
         return self._sets.get(kind) or self.prepare(0, *kind)
