@@ -194,6 +194,12 @@ class TestMoreThanAChunk:
         oracle.commit(keys, values)
         rolled(cache, 4, oracle)
 
+    def test_more_than_the_host_holds(self) -> None:
+        cache = made("int8,window=30,sink=2,select=9", device=6, host=10, staged=False)
+        with pytest.raises(CacheStateError, match=r"11 latent frames at once; .* 10 at most"):
+            cache.begin(11, at_once=True)
+        rolled(cache, 2)
+
     def test_interrupted(self) -> None:
         cache = made("int8,window=20,sink=2", device=4)
         oracle = rolled(cache, 6)

@@ -259,6 +259,11 @@ class KVCache:
             at_once: it may be longer than a chunk, to build the cache anew from clean latents.
         """
         self._expect(State.IDLE)
+        if self.offloaded and self.offloaded.plan.files and frames > self.offloaded.plan.host:
+            raise CacheStateError(
+                f"{frames} latent frames at once; with pages on disk and host_gb={self.spec.host_gb:g} it is "
+                f"{self.offloaded.plan.host} at most"
+            )
         relevance = self._settled() if self.offloaded else self._relevance()
         self.opened = self.layout.begin(frames, at_once, relevance)
         self.segments, self.history = self._read_plan(self.opened)

@@ -174,6 +174,10 @@ class OffloadedPool(PagePool):
     Args:
         slots: to start with.
         places: room in each tier for so many slots.
+
+    Attributes:
+        bytes_moved: of pages that have come from the host to the device so far.
+        disk_nbytes: of all pages in files.
     """
 
     def __init__(self, format: PageFormat, slots: int, places: Places, device: torch.device | str) -> None:
@@ -198,7 +202,7 @@ class OffloadedPool(PagePool):
         self._folder: Path | None = None
         self._fault: Exception | None = None
         self._warned = False
-        self.bytes_moved = 0
+        self.bytes_moved = self.disk_nbytes = 0
 
     @property
     def nbytes(self) -> int:
@@ -209,12 +213,6 @@ class OffloadedPool(PagePool):
     def host_nbytes(self) -> int:
         """Bytes allocated in the host's memory."""
         return sum(buffer.nbytes for buffer in self._host.values())
-
-    @property
-    def disk_nbytes(self) -> int:
-        """Bytes of all files."""
-        self._wait()
-        return sum(file.stat().st_size for file in self.files.values())
 
     @property
     def placed(self) -> int:
@@ -247,8 +245,7 @@ class OffloadedPool(PagePool):
             self._free_places.append(self.on_device.pop(slot))
         if slot in self.on_host:
             self._free_hosts.append(self.on_host.pop(slot))
-        if slot in self.files:
-            self.files.pop(slot).unlink(missing_ok=True)
+        self._drop_file(slot)
         self.lost.discard(slot)
         self._used.pop(slot, None)
 
@@ -283,6 +280,7 @@ class OffloadedPool(PagePool):
 
     def done(self, owner: object) -> None:
         """The owner's chunk reads no more."""
+        self._wait()
         self._reading.pop(owner, None)
 
     def lost_slots(self) -> set[int]:
@@ -450,7 +448,7 @@ class OffloadedPool(PagePool):
             spare = next((other for other in self.files if other in self.on_host), None)
             if spare is None:
                 break
-            self.files.pop(spare).unlink(missing_ok=True)
+            self._drop_file(spare)
         place = self.on_host[slot]
         try:
             self.files[slot] = _write(
@@ -459,6 +457,13 @@ class OffloadedPool(PagePool):
             )
         except (OSError, SafetensorError) as error:
             self._lose(slot, error)
+        else:
+            self.disk_nbytes += self.plan.page_bytes
+
+    def _drop_file(self, slot: int) -> None:
+        if slot in self.files:
+            self.files.pop(slot).unlink(missing_ok=True)
+            self.disk_nbytes -= self.plan.page_bytes
 
     def _lose(self, slot: int, error: Exception) -> None:
         self.lost.add(slot)
