@@ -34,9 +34,10 @@ WORDS = {
 CACHE_FIELDS = (
     "format", "window", "sink", "policy", "positions", "keep_newest", "keep_sinks", "newer", "value_scale",
 )  # fmt: skip
+"""Cache settings with fields of their own; `more` has the others in one line."""
 FIELDS = (
-    "prompt", "schedule", "model", "size", "length", "seconds", "seed", "preset", *CACHE_FIELDS, "steps",
-    "guidance", "negative", "switch", "noise",
+    "prompt", "schedule", "model", "size", "length", "seconds", "seed", "preset", *CACHE_FIELDS, "more",
+    "steps", "guidance", "negative", "switch", "noise",
 )  # fmt: skip
 """Of the form, in the order in which its events hand them over."""
 
@@ -67,6 +68,9 @@ def values_of(form: Mapping[str, Any], device: str) -> dict[str, Any]:
 
     Args:
         form: values by the names in `FIELDS`.
+
+    Raises:
+        CacheSpecError: a cache setting is given twice.
     """
     values: dict[str, Any] = {"prompt": form["prompt"] or "", "model": form["model"], "keep": True}
     if form["seed"] is not None:
@@ -81,6 +85,7 @@ def values_of(form: Mapping[str, Any], device: str) -> dict[str, Any]:
         values["size"] = str(form["size"]).strip().lower().replace("×", "x").replace(" ", "")
     entry = MODELS.get(form["model"])
     cache = {name: _whole(form[name]) for name in CACHE_FIELDS if form[name] is not None}
+    cache |= further(form["more"])
     own: dict[str, Any] = {}
     if entry:
         # what a format brings with it is not what the model has
@@ -98,6 +103,15 @@ def values_of(form: Mapping[str, Any], device: str) -> dict[str, Any]:
     values |= {"switch": form["switch"]} if form["switch"] else {}
     values |= {"noise": form["noise"]} if form["noise"] == "stock" else {}
     return values
+
+
+def further(text: str | None) -> dict[str, Any]:
+    """Cache settings of the field for those that have none of their own.
+
+    Raises:
+        CacheSpecError: one is given twice.
+    """
+    return {name: _read(value) for name, value in CacheSpec.settings_in(text or "").items()}
 
 
 def form_of(values: Mapping[str, Any], device: str) -> dict[str, Any]:
@@ -132,6 +146,7 @@ def form_of(values: Mapping[str, Any], device: str) -> dict[str, Any]:
         "seed": values.get("seed", 0),
         "preset": preset_of(spec, entry, device),
         **{name: getattr(spec, name) for name in CACHE_FIELDS},
+        "more": _others(spec),
         "steps": values.get("steps") or 0,
         "guidance": values.get("guidance") or 0,
         "negative": values.get("negative") or "",
@@ -209,6 +224,26 @@ def model_help(name: str, device: str) -> str:
 def escaped(text: str) -> str:
     """A text inside HTML that Gradio takes for a template: no part of it is markup, or a name to fill in."""
     return html.escape(text).replace("{", "&#123;").replace("$", "&#36;")
+
+
+def _others(spec: CacheSpec) -> str:
+    """Settings without a field of their own, in one line, as far as they are not the default."""
+    others = {
+        name: getattr(spec, name)
+        for name, field in CacheSpec.model_fields.items()
+        if name not in CACHE_FIELDS and getattr(spec, name) != field.default
+    }
+    return ",".join(
+        name if value is True else f"{name}={str(value).lower()}" for name, value in others.items()
+    )
+
+
+def _read(value: Any) -> Any:
+    """What a setting's text says: a number, a truth or a name."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _whole(value: Any) -> Any:

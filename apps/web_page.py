@@ -38,6 +38,7 @@ from vidkv.apps.web_form import (
     WORDS,
     escaped,
     form_of,
+    further,
     model_choices,
     model_help,
     new_id,
@@ -282,9 +283,9 @@ class Page:
         """Queue what the form says; returns a message, which opens the video on the stage."""
         *fields, upload = given
         form = dict(zip(FIELDS, fields, strict=True))
-        values = values_of(form, self.device)
-        values["id"] = new_id(values["prompt"])
         try:
+            values = values_of(form, self.device)
+            values["id"] = new_id(values["prompt"])
             self.require_workers()
             job = self._submit(values, upload)
         except (Refused, VidkvError) as error:
@@ -313,7 +314,10 @@ class Page:
         """What the form would take here; and no message any more, because it was about another form."""
         *fields, _ = given
         form = dict(zip(FIELDS, fields, strict=True))
-        values = values_of(form, self.device)
+        try:
+            values = values_of(form, self.device)
+        except VidkvError as error:
+            return [_verdict("no", self.service.hide(str(error))), ""]
         told = None
         if not values["prompt"].strip():
             fault = "Write a prompt first."
@@ -340,7 +344,7 @@ class Page:
         """The words about a preset, and the advanced fields as it sets them."""
         spec = presets(MODELS[model], self.device).get(preset)
         fields = [gr.skip() if spec is None else getattr(spec, name) for name in CACHE_FIELDS]
-        return [_words(preset), *fields]
+        return [_words(preset), *fields, gr.skip() if spec is None else ""]
 
     def chosen_model(self, model: str, preset: str) -> list[Any]:
         """What depends on the model."""
@@ -353,13 +357,14 @@ class Page:
             *self.chosen_preset(preset, model),
         ]
 
-    def changed_cache(self, model: str, *cache: Any) -> list[Any]:
+    def changed_cache(self, model: str, *given: Any) -> list[Any]:
         """The preset that the advanced fields amount to, and its words."""
+        *cache, more = given
         spec = dict(zip(CACHE_FIELDS, cache, strict=True))
         name = CUSTOM
         with contextlib.suppress(VidkvError, TypeError, ValueError):
             whole = {key: int(value) if key in ("window", "sink") else value for key, value in spec.items()}
-            name = preset_of(CacheSpec.of(whole), MODELS[model], self.device)
+            name = preset_of(CacheSpec.of(whole | further(more)), MODELS[model], self.device)
         return [name, _words(name)]
 
     def caches(self, model: str) -> list[tuple[str, str]]:
@@ -553,6 +558,10 @@ def _advanced(first: CacheSpec) -> dict[str, Any]:
         first.newer, label="Newest frames as", lines=1, placeholder="int8:3+int4:6",
         info="Formats by age, each with its latent frames.",
     )  # fmt: skip
+    made["more"] = gr.Textbox(
+        "", label="Further settings", lines=1, placeholder="select=12,device_gb=2",
+        info="Any other setting of the cache, as on the command line.",
+    )  # fmt: skip
     with gr.Row():
         made["positions"] = gr.Dropdown(
             ["relative", "absolute"], value=first.positions, label="Positions", min_width=120
@@ -578,7 +587,7 @@ def _advanced(first: CacheSpec) -> dict[str, Any]:
 def _wire(page: Page, made: dict[str, Any], blocks: gr.Blocks, private: dict[str, Any]) -> None:
     fields = [made[name] for name in FIELDS]
     asked = [*fields, made["upload"]]
-    cache = [made[name] for name in CACHE_FIELDS]
+    cache = [made[name] for name in (*CACHE_FIELDS, "more")]
     quick = private | {"queue": False, "trigger_mode": "always_last"}
     made["generate"].click(page.create, asked, made["message"], concurrency_limit=8, **private)
     gr.on(

@@ -112,6 +112,7 @@ class TestValues:
         format=st.sampled_from(["fp32", "bf16", "int8", "int4"]),
         keep=st.booleans(),
         bare=st.booleans(),
+        more=st.sampled_from([{}, {"keep_tokens": 0.5}, {"segment": 2, "device_gb": 1.0, "host_gb": 2.5}]),
         schedule=st.lists(
             st.tuples(st.floats(0.5, 4.0), st.sampled_from(EXAMPLES), st.sampled_from([None, "flush"])),
             max_size=3,
@@ -122,12 +123,12 @@ class TestValues:
     )
     def test_there_and_back(
         self, seconds: float, seed: int, window: int, format: str, keep: bool, bare: bool,
-        schedule: list[Any], size: str | None, steps: int | None,
+        more: dict[str, Any], schedule: list[Any], size: str | None, steps: int | None,
     ) -> None:  # fmt: skip
         """A request fills the form, and the form asks for the same video again."""
         asked: dict[str, Any] = {
             "prompt": EXAMPLES[0], "seconds": seconds, "seed": seed,
-            "cache": {"window": window, "format": format, "keep_newest": keep},
+            "cache": {"window": window, "format": format, "keep_newest": keep} | more,
             "schedule": [entry if entry[2] else entry[:2] for entry in sorted(schedule, key=lambda e: e[0])],
         }  # fmt: skip
         asked |= {"steps": steps} if steps else {}
@@ -137,6 +138,7 @@ class TestValues:
             asked |= dict(zip(("width", "height"), map(int, size.split("x")), strict=True))
         again = values_of(form_of(asked, "cpu"), "cpu")
         assert again.pop("keep") is True
+        assert more.items() <= again.get("cache", {}).items()
         if "size" in again:
             again |= dict(zip(("width", "height"), map(int, again.pop("size").split("x")), strict=True))
         settings = EngineSettings(device="cpu")
@@ -200,6 +202,10 @@ class TestPage:
             ({"window": 3}, "window=3"),
             ({"format": "int9"}, "int9"),
             ({"newer": "int8"}, "FORMAT:FRAMES"),
+            ({"more": "select=99"}, "select=99"),
+            ({"more": "segment=2,segment=3"}, "given twice"),
+            ({"more": "device_gb=1e-9"}, "device_gb=1e-09 is too little"),
+            ({"more": "budget=3"}, "budget"),
             ({"seed": -1}, "seed"),
             ({"length": OTHER, "seconds": None}, "seconds"),
             ({"length": OTHER, "seconds": 1e9}, "at most"),
@@ -232,6 +238,16 @@ class TestPage:
         service.ailing = lambda: "they are gone"
         assert "they are gone" in Page(service).create(*filled())
         assert service.store.jobs() == []
+
+    def test_further_settings_and_presets(self, service: Service) -> None:
+        """A preset has none, and with some a cache is no preset."""
+        page, spec = Page(service), presets(BOUNCE, "cpu")["Balanced"]
+        fields = [getattr(spec, name) for name in CACHE_FIELDS]
+        assert page.changed_cache("bounce", *fields, "")[0] == "Balanced"
+        assert page.changed_cache("bounce", *fields, "keep_tokens=0.5")[0] == "Custom"
+        assert page.changed_cache("bounce", *fields, "nonsense=1")[0] == "Custom"
+        assert page.chosen_preset("Balanced", "bounce")[1:] == [*fields, ""]
+        assert len(page.chosen_preset("Custom", "bounce")) == len(fields) + 2
 
     def test_the_estimate(self, service: Service) -> None:
         told = []

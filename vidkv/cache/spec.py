@@ -135,6 +135,15 @@ class CacheSpec(BaseModel):
         Raises:
             CacheSpecError: naming the part that cannot be read.
         """
+        return cls.of(cls.settings_in(text))
+
+    @classmethod
+    def settings_in(cls, text: str) -> dict[str, Any]:
+        """Names and texts of a one-line form, not checked any further; switches are True.
+
+        Raises:
+            CacheSpecError: a setting is given twice.
+        """
         values: dict[str, Any] = {}
         for part in filter(None, (piece.strip() for piece in text.split(","))):
             name, equals, text_value = (piece.strip() for piece in part.partition("="))
@@ -145,7 +154,7 @@ class CacheSpec(BaseModel):
             if name in values:
                 raise CacheSpecError(f"cache setting {name!r:.60} is given twice in {text!r:.120}")
             values[name] = value
-        return cls.of(values)
+        return values
 
     def __str__(self) -> str:
         parts = [self.format]
