@@ -242,7 +242,7 @@ def _read(value: Any) -> Any:
     """What a setting's text says: a number, a truth or a name."""
     try:
         return json.loads(value) if isinstance(value, str) else value
-    except ValueError:
+    except (ValueError, RecursionError):
         return value
 
 

@@ -420,13 +420,14 @@ class Rollout:
         with _naming_shortage(self.device):
             if self.recompute_context:
                 self._rebuild(range(max(0, self.next_frame - self.cache.layout.capacity), self.next_frame))
-            for cache in self._caches():
-                cache.begin(frames)
             try:
+                for cache in self._caches():
+                    cache.begin(frames)
                 return self._denoise(solver, frames, noise, step_noise, given, on_step, edit)
             finally:
                 for cache in self._caches():
-                    cache.abandon()
+                    if cache.state is State.OPEN:
+                        cache.abandon()
 
     @torch.no_grad()
     def decode_later(self, latents: Tensor) -> LaterFrames:
@@ -579,6 +580,7 @@ class Rollout:
         other.negative = self.negative
         other.negative_cache = self.negative_cache.fork() if self.negative_cache else None
         other._transition = self._transition.copy() if self._transition else None
+        other._moved()
         other.chunk, other.window_latents = self.chunk, dict(self.window_latents)
         other.prefix_chunks, other.prefix_frames = self.prefix_chunks, self.prefix_frames
         other.context_frames = dict(self.context_frames)
@@ -683,7 +685,7 @@ class Rollout:
                 cache.close()
             self.cache, self.negative_cache, self._pools = before
             raise
-        self._parked, self.revision = None, revision
+        self._parked, self.revision, self._moved_bytes = None, revision, 0
 
     def close(self) -> None:
         """Let go of the cache and the decoder's memory, for good; forks go on. Twice is once."""
@@ -959,12 +961,14 @@ class Rollout:
         """Fill the caches from clean latents of these frames, which end where the rollout stands."""
         if not frames:
             return
+        size = len(frames) if at_once else self.chunk_frames
         self._texts()  # if one is missing, nothing is dropped
+        for cache in self._caches():
+            cache.require_room(size)
         for cache in self._caches():
             cache.forget(set(cache.layout.resident) - set(cache.layout.sinks if keep_sinks else ()))
             cache.seek(frames.start)
         latents = torch.stack([self._context(frame, frames.start) for frame in frames], 1)
-        size = len(frames) if at_once else self.chunk_frames
         # chunks are counted from the end: the first may be shorter
         cuts = sorted(range(len(frames) - size, 0, -size))
         for part in latents.tensor_split(cuts, 1):

@@ -259,16 +259,32 @@ class KVCache:
             at_once: it may be longer than a chunk, to build the cache anew from clean latents.
         """
         self._expect(State.IDLE)
-        if self.offloaded and self.offloaded.plan.files and frames > self.offloaded.plan.host:
-            raise CacheStateError(
-                f"{frames} latent frames at once; with pages on disk and host_gb={self.spec.host_gb:g} it is "
-                f"{self.offloaded.plan.host} at most"
-            )
+        self.require_room(frames)
         relevance = self._settled() if self.offloaded else self._relevance()
         self.opened = self.layout.begin(frames, at_once, relevance)
-        self.segments, self.history = self._read_plan(self.opened)
+        try:
+            self.segments, self.history = self._read_plan(self.opened)
+        except BaseException:
+            self.layout.abandon()
+            self._forget_chunk()
+            raise
         self.state = State.OPEN
         return self.opened
+
+    def require_room(self, frames: int) -> None:
+        """Refuse more latent frames at once than can be written beside the sinks.
+
+        Raises:
+            CacheStateError: some of them would have to go to disk before they are whole.
+        """
+        if self.offloaded is None or not self.offloaded.plan.files:
+            return
+        most = self.offloaded.plan.host - self.spec.sink
+        if frames > most:
+            raise CacheStateError(
+                f"{frames} latent frames at once; with pages on disk and host_gb={self.spec.host_gb:g} it is "
+                f"{most} at most"
+            )
 
     def _relevance(self) -> dict[int, float]:
         """By resident frame, for a cache that reads a selection of them."""
@@ -524,11 +540,7 @@ class KVCache:
             pages: False leaves an empty place for them.
         """
         self._expect(State.IDLE)
-        self.forget_lost()
-        tensors: dict[str, Tensor] = {}
-        for name, pool in self.pools.items():
-            slots = [self.table[f].slot for f in self.layout.resident if pages and self.table[f].pool == name]
-            tensors |= {f"{name}.{key}": buffer for key, buffer in pool.gather(slots).items()}
+        tensors = self._gathered(pages)
         tensors |= {name: mean.clone().cpu() for name, mean in self.means.items()}
         if self.evidence:
             rows = [self.evidence.rows[frame] for frame in self.layout.resident]
@@ -548,6 +560,23 @@ class KVCache:
             header["heads"] = self._kept_heads
         return tensors, header
 
+    def _gathered(self, pages: bool) -> dict[str, Tensor]:
+        """Buffers of all resident pages; frames that turn out to be lost are forgotten first."""
+        while True:
+            self.forget_lost()
+            frames = self.layout.resident if pages else ()
+            slots = {
+                name: [self.table[f].slot for f in frames if self.table[f].pool == name]
+                for name in self.pools
+            }
+            try:
+                gathered = {name: pool.gather(slots[name]) for name, pool in self.pools.items()}
+            except CacheStateError:
+                if self.offloaded is None or not self.offloaded.lost_slots():
+                    raise
+                continue
+            return {f"{n}.{key}": buffer for n, part in gathered.items() for key, buffer in part.items()}
+
     def restore(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
         """Become the cache that `state_tensors` described.
 
@@ -565,6 +594,8 @@ class KVCache:
             pool, index = self.pools[name], counters[name]
             counters[name] += 1
             slot = pool.acquire()
+            if isinstance(pool, OffloadedPool) and frame in header["sinks"]:
+                pool.hold(self._owner, slot)
             pool.load(slot, {key: tensors[f"{name}.{key}"][:, index] for key in pool.storage})
             self.table[frame] = Page(name, slot, serial)
         for name, mean in self.means.items():

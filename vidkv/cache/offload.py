@@ -7,22 +7,25 @@ filled with what comes next. Bytes are the same wherever they lie, and so is wha
 
 from __future__ import annotations
 
+import glob
 import math
 import os
 import shutil
+import socket
 import tempfile
+import threading
 import warnings
 import weakref
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from vidkv.cache.evidence import evidence_bytes
@@ -196,8 +199,11 @@ class OffloadedPool(PagePool):
         self._reading: dict[object, set[int]] = {}
         self._stage = _Stage(self, places.staged) if places.staged else None
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        for storage in (self.storage, *(self._stage.buffers if self._stage else ())):
+            self._copied_to(storage)
         self._worker: ThreadPoolExecutor | None = None
         self._ahead: Future[None] | None = None
+        self._thread: int | None = None
         self._kept: torch.cuda.Event | None = None
         self._folder: Path | None = None
         self._fault: Exception | None = None
@@ -227,20 +233,21 @@ class OffloadedPool(PagePool):
             return
         self.references += [0] * more
         before, host = self.placed, len(self._free_hosts) + len(self.on_host)
-        places = self.plan.device * self.slots // self._planned_slots
-        storage, kept = self.format.allocate(places, self.device), self._allocate_host(host + more)
+        places, hosts = (n * self.slots // self._planned_slots for n in (self.plan.device, self.plan.host))
+        storage, kept = self.format.allocate(places, self.device), self._allocate_host(hosts)
+        self._copied_to(storage)
         for name in storage:
             storage[name][:, :before] = self.storage[name]
             kept[name][:host] = self._host[name]
         self.storage, self._host = storage, kept
         self._free_places += range(before, places)
-        self._free_hosts += range(host, host + more)
+        self._free_hosts += range(host, hosts)
 
     def release(self, slot: int) -> None:
+        self._wait()
         super().release(slot)
         if self.references[slot]:
             return
-        self._wait()
         if slot in self.on_device:
             self._free_places.append(self.on_device.pop(slot))
         if slot in self.on_host:
@@ -276,7 +283,7 @@ class OffloadedPool(PagePool):
         self._reading[owner] = set(slots)
         if self._worker is None:
             self._worker = ThreadPoolExecutor(1, "vidkv-pages")
-        self._ahead = self._worker.submit(self._settle, slots, spare, self._computing())
+        self._ahead = self._worker.submit(self._settle_behind, slots, spare, self._computing())
 
     def done(self, owner: object) -> None:
         """The owner's chunk reads no more."""
@@ -295,6 +302,10 @@ class OffloadedPool(PagePool):
                 stacklevel=3,
             )
         return self.lost
+
+    def hold(self, owner: object, slot: int) -> None:
+        """Keep a page on the host as if it were being read, until the owner's next chunk."""
+        self._reading.setdefault(owner, set()).add(slot)
 
     def where(self, slot: int) -> tuple[int | None, int]:
         """A page's place on the device, if it has one, and on the host."""
@@ -378,9 +389,9 @@ class OffloadedPool(PagePool):
         try:
             return _read(self.files[slot])
         except (OSError, SafetensorError) as error:
+            self._lose(slot, error)
             raise CacheStateError(
-                f"a page cannot be read back from {self.files[slot]}: {error}; the rollout goes on without "
-                "it, but cannot be saved before its next chunk"
+                f"a page cannot be read back from {self.files[slot]}: {error}; the rollout goes on without it"
             ) from None
 
     def load(self, slot: int, pages: dict[str, Tensor]) -> None:
@@ -389,6 +400,10 @@ class OffloadedPool(PagePool):
         place = self._host_place(slot, self._read_now())
         for name, page in pages.items():
             self._host[name][place] = page
+
+    def _settle_behind(self, slots: Sequence[int], spare: int, computing: torch.cuda.Event | None) -> None:
+        self._thread = threading.get_ident()
+        self._settle(slots, spare, computing)
 
     def _settle(self, slots: Sequence[int], spare: int, computing: torch.cuda.Event | None) -> None:
         """In the background too; `computing` has to be over before anything on the device is overwritten."""
@@ -418,6 +433,8 @@ class OffloadedPool(PagePool):
             self._lose(slot, error)
             return
         place = self._host_place(slot, reading)
+        # another page may still be on its way there, or from there
+        self._finish_copies()
         for name, page in pages.items():
             self._host[name][place] = page
 
@@ -443,7 +460,7 @@ class OffloadedPool(PagePool):
     def _save(self, slot: int) -> None:
         """Write a page to disk; one that cannot be is lost, because its place is needed."""
         self._finish_copies()
-        while len(self.files) >= self.plan.files:
+        while len(self.files) >= self.plan.files * self.slots // self._planned_slots:
             # a page on the host needs no file
             spare = next((other for other in self.files if other in self.on_host), None)
             if spare is None:
@@ -462,8 +479,10 @@ class OffloadedPool(PagePool):
 
     def _drop_file(self, slot: int) -> None:
         if slot in self.files:
-            self.files.pop(slot).unlink(missing_ok=True)
             self.disk_nbytes -= self.plan.page_bytes
+            # what a failing disk keeps, it keeps
+            with suppress(OSError):
+                self.files.pop(slot).unlink()
 
     def _lose(self, slot: int, error: Exception) -> None:
         self.lost.add(slot)
@@ -528,9 +547,16 @@ class OffloadedPool(PagePool):
 
     def _wait(self) -> None:
         """Until nothing goes on in the background."""
-        if self._ahead is not None:
+        # the background may be where a dropped cache is collected: it does not wait for itself
+        if self._ahead is not None and threading.get_ident() != self._thread:
             ahead, self._ahead = self._ahead, None
             ahead.result()
+
+    def _copied_to(self, storage: Storage) -> None:
+        """What is dropped is not given to others before copies to it are done."""
+        if self._stream is not None:
+            for buffer in storage.values():
+                buffer.record_stream(self._stream)
 
     def _allocate_host(self, places: int) -> Storage:
         pinned = self.device.type == "cuda"
@@ -550,11 +576,14 @@ class OffloadedPool(PagePool):
         """The folder for files, made when the first one is; those of processes that were killed go then."""
         if self._folder is None:
             where = Path(os.environ.get(SCRATCH) or tempfile.gettempdir())
-            for folder in where.glob(f"{PREFIX}*-*"):
-                owner = folder.name.removeprefix(PREFIX).partition("-")[0]
-                if owner.isdecimal() and not psutil.pid_exists(int(owner)):
-                    shutil.rmtree(folder, ignore_errors=True)
-            self._folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=where))
+            # processes of other machines and containers cannot be seen from here
+            here = f"{PREFIX}{socket.gethostname()}-"
+            for folder in where.glob(f"{glob.escape(here)}*"):
+                owner = folder.name.removeprefix(here).partition("-")[0]
+                with suppress(OSError, OverflowError, ValueError):
+                    if folder.stat().st_uid == os.getuid() and not psutil.pid_exists(int(owner)):
+                        shutil.rmtree(folder, ignore_errors=True)
+            self._folder = Path(tempfile.mkdtemp(prefix=f"{here}{os.getpid()}-", dir=where))
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         return self._folder
 
@@ -567,7 +596,8 @@ class _Stage:
     """
 
     def __init__(self, pool: OffloadedPool, pages: int) -> None:
-        self.pool = pool
+        # the pool holds its stage; the other way round neither would go before a collection
+        self.pool = weakref.proxy(pool)
         self.buffers = [_one_layer(pool.format, pages, pool.device) for _ in range(2)]
         self.holds: list[Key | None] = [None, None]
         self.filled: list[torch.cuda.Event | None] = [None, None]
@@ -636,5 +666,5 @@ def _write(file: Path, pages: dict[str, Tensor]) -> Path:
 
 
 def _read(file: Path) -> dict[str, Tensor]:
-    with safe_open(file, "pt") as opened:
-        return {name: opened.get_tensor(name) for name in opened.keys()}
+    # not mapped: where a disk fails, touching a mapped file ends the process
+    return load(file.read_bytes())

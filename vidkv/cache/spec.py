@@ -92,9 +92,9 @@ class CacheSpec(BaseModel):
     select: int = Field(default=0, ge=0)
     segment: int = Field(default=6, ge=1)
     local_heads: int = Field(default=0, ge=0)
-    device_gb: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    host_gb: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    disk_gb: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    device_gb: float = Field(default=0.0, ge=0, le=1e9)
+    host_gb: float = Field(default=0.0, ge=0, le=1e9)
+    disk_gb: float = Field(default=0.0, ge=0, le=1e9)
 
     @model_validator(mode="before")
     @classmethod

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidkv.errors import OutputError, StateError
+from vidkv.errors import CacheStateError, OutputError, StateError
 from vidkv.files import file_sha256, reason, write_json
 from vidkv.rollout import CACHES, Rollout
 from vidkv.state import Tensors, check_description, describe, read_tensors, write_tensors
@@ -89,19 +89,13 @@ class Checkpoints:
             OutputError: it cannot be written; the ones before it stay.
         """
         name = f"{rollout.chunk:06d}-{self.fence}"
-        pages = rollout.pages()
         # the second one at the same chunk replaces that file
         self._stored = {p: file for p, file in self._stored.items() if file != f"pages-{name}.safetensors"}
-        fresh = {page: place for page, place in pages.items() if page not in self._stored}
+        pages, fresh, tensors = self._pages(rollout)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             written = 0
             if fresh:
-                tensors = {
-                    f"{page}.{key}": tensor
-                    for page, (cache, frame) in fresh.items()
-                    for key, tensor in cache.page(frame).items()
-                }
                 written += self._write(f"pages-{name}.safetensors", tensors, {})
                 self._stored |= dict.fromkeys(fresh, f"pages-{name}.safetensors")
             tensors, header = rollout.state(pages=False)
@@ -119,6 +113,24 @@ class Checkpoints:
                 f"cannot write a checkpoint to {self.folder}: {reason(error)}; make room, then resume"
             ) from error
         return written
+
+    def _pages(self, rollout: Rollout) -> tuple[Collection[str], Collection[str], Tensors]:
+        """Names of resident pages, of those among them that are not stored yet, and what these hold."""
+        while True:
+            pages = rollout.pages()
+            fresh = {page: place for page, place in pages.items() if page not in self._stored}
+            try:
+                tensors = {
+                    f"{page}.{key}": tensor
+                    for page, (cache, frame) in fresh.items()
+                    for key, tensor in cache.page(frame).items()
+                }
+            except CacheStateError:
+                # a page on disk that cannot be read back is not resident any more
+                if len(rollout.pages()) == len(pages):
+                    raise
+                continue
+            return pages, fresh, tensors
 
     def load(self, restore: Callable[[Tensors, Mapping[str, Any]], None], rollout: Rollout, most: int) -> int:
         """Restore the newest checkpoint that is whole.
