@@ -10,6 +10,7 @@ import torch
 from tests.tiny import build_rollout, build_text, build_transformer, noise
 from vidkv.cache import CacheSpec, offload, planned_bytes
 from vidkv.errors import CacheSpecError, ResourceError
+from vidkv.jobs.checkpoints import Checkpoints
 from vidkv.memory import check_host, plan_memory
 from vidkv.models.registry import MODELS
 from vidkv.models.wan import CausalWanTransformer3DModel
@@ -164,6 +165,29 @@ class TestGoingOn:
         _, other = pair(model, SELECTING)
         other.restore(*rollout.state())
         assert torch.equal(rollout.step_chunk().latents, other.step_chunk().latents)
+
+
+def test_a_checkpoint_does_without_pages_that_cannot_be_read(
+    model: CausalWanTransformer3DModel, tmp_path: Path
+) -> None:
+    rollout, whole = pair(model, SELECTING)
+    for _ in range(20):
+        rollout.step_chunk()
+    pool = rollout.cache.offloaded
+    assert pool is not None
+    pool.lost_slots()
+    away = [slot for slot in pool.files if slot not in pool.on_host]
+    for slot in away:
+        pool.files[slot].unlink()
+    lost = {frame for frame, page in rollout.cache.table.items() if page.slot in away}
+    assert lost
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 1)
+    with pytest.warns(RuntimeWarning, match="evicted"):
+        checkpoints.save(rollout)
+    assert not lost & set(rollout.cache.table)
+    again = Checkpoints(tmp_path / "checkpoints", 1)
+    assert again.load(whole.restore, whole, 99) == 20
+    assert torch.equal(rollout.step_chunk().latents, whole.step_chunk().latents)
 
 
 def test_latents_of_a_long_history_are_on_the_host(model: CausalWanTransformer3DModel) -> None:
