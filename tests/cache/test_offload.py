@@ -123,10 +123,10 @@ class TestAgainstTheOracle:
         cache = made("int8,window=30,sink=2,select=9", device=8, staged=False)
         oracle = rolled(cache, 14)
         for i in range(3):
+            pool_of(cache)._wait()
             before, near = cache.bytes_moved, set(pool_of(cache).on_device)
             wanted = set(cache._wanted(cache._relevance()))
             cache.begin(3)
-            pool_of(cache)._wait()
             assert cache.bytes_moved - before <= len(wanted - near) * pool_of(cache).plan.page_bytes
             cache.abandon()
             step(cache, oracle, 3, 500 + i)
