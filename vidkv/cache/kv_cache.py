@@ -586,6 +586,9 @@ class KVCache:
             CacheStateError: the cache is closed.
         """
         self.check_state(tensors, header)
+        if self.offloaded is not None:
+            # what was read before is no reason to keep anything
+            self.offloaded.done(self._owner)
         for page in self.table.values():
             self.pools[page.pool].release(page.slot)
         self.table.clear()
