@@ -119,6 +119,12 @@ class TestAgainstTheOracle:
         page = pool_of(cache).plan.page_bytes
         assert cache.bytes_moved - before >= 2 * (27 - device - 3) * page
 
+    def test_a_buffer_does_not_outlive_the_pages_in_it(self) -> None:
+        """Other pages have their places by the next chunk, which may begin with the same ones."""
+        geometry = build_geometry(kv_heads=1, head_dim=6, height=1, width=2, layers=1)
+        spec = CacheSpec.parse("int8,window=12,sink=2,segment=1")
+        rolled(KVCache(budgeted(spec, geometry, 6), geometry), 10)
+
     def test_what_has_a_place_is_not_copied_again(self) -> None:
         cache = made("int8,window=30,sink=2,select=9", device=8, staged=False)
         oracle = rolled(cache, 14)
