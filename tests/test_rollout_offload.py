@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from vidkv.jobs.checkpoints import Checkpoints
 from vidkv.memory import check_host, plan_memory
 from vidkv.models.registry import MODELS
 from vidkv.models.wan import CausalWanTransformer3DModel
+from vidkv.prompts import Switch
 from vidkv.rollout import Rollout
 from vidkv.schedule import FlowSchedule
 from vidkv.sharing import Pools, PrefixCache
@@ -32,12 +34,12 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def pair(model: CausalWanTransformer3DModel, spec: str, **settings: object) -> tuple[Rollout, Rollout]:
+def pair(model: CausalWanTransformer3DModel, spec: str, **settings: Any) -> tuple[Rollout, Rollout]:
     """The same video within budgets and with everything on the device."""
     within = CacheSpec.parse(spec)
     return (
-        build_rollout(within, transformer=model, **settings),  # type: ignore[arg-type]
-        build_rollout(within.unbudgeted, transformer=model, **settings),  # type: ignore[arg-type]
+        build_rollout(within, transformer=model, **settings),
+        build_rollout(within.unbudgeted, transformer=model, **settings),
     )
 
 
@@ -124,12 +126,12 @@ class TestGoingOn:
             assert torch.equal(offloaded.step_chunk().latents, other.step_chunk().latents)
 
     @pytest.mark.parametrize("strategy", ["recache", "flush", "keep"])
-    def test_another_prompt(self, model: CausalWanTransformer3DModel, strategy: str) -> None:
+    def test_another_prompt(self, model: CausalWanTransformer3DModel, strategy: Switch) -> None:
         offloaded, whole = pair(model, SELECTING)
         for rollout in (offloaded, whole):
             for _ in range(22):
                 rollout.step_chunk()
-            rollout.switch(build_text(model, seed=5), strategy=strategy)  # type: ignore[arg-type]
+            rollout.switch(build_text(model, seed=5), strategy=strategy)
         for _ in range(6):
             assert torch.equal(offloaded.step_chunk().latents, whole.step_chunk().latents)
 

@@ -137,7 +137,7 @@ class TestAgainstTheOracle:
             cache.abandon()
             step(cache, oracle, 3, 500 + i)
 
-    def test_a_page_on_its_way_is_not_taken_for_another(self) -> None:
+    def test_a_page_on_its_way_is_not_taken_for_another(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A wrong page in the buffer shows: the reads are not blind to what they are given."""
         cache = made("int8,window=20,sink=3,segment=2", device=0)
         oracle = rolled(cache, 8)
@@ -147,7 +147,7 @@ class TestAgainstTheOracle:
         def wrong(storage: dict[str, Tensor], key: tuple[int, tuple[int, ...]]) -> None:
             fill(storage, (key[0], tuple(reversed(key[1]))))
 
-        pool.fill = wrong  # type: ignore[method-assign]
+        monkeypatch.setattr(pool, "fill", wrong)
         with pytest.raises(AssertionError):
             step(cache, oracle, 3, 999)
 
@@ -284,7 +284,9 @@ class TestBadDisks:
     @pytest.mark.filterwarnings("default:pages of .* latent frames:RuntimeWarning")
     @pytest.mark.parametrize("wanted", ["by a chunk", "to be saved"])
     @pytest.mark.parametrize("damage", ["gone", "cut", "empty"])
-    def test_reading(self, crowded: tuple[KVCache, Oracle], damage: str, wanted: str) -> None:
+    def test_reading(
+        self, crowded: tuple[KVCache, Oracle], damage: str, wanted: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         cache, _ = crowded
         pool = pool_of(cache)
         pool._wait()
@@ -307,7 +309,9 @@ class TestBadDisks:
                 KVCache(cache.spec, TINY).restore(tensors, header)
             else:
                 shares = dict.fromkeys(lost, 1.0)
-                cache._relevance = lambda: {f: s for f, s in shares.items() if f in cache.table}  # type: ignore[method-assign]
+                monkeypatch.setattr(
+                    cache, "_relevance", lambda: {f: s for f, s in shares.items() if f in cache.table}
+                )
                 cache.begin(3)
                 assert not lost & set(cache.layout.opened.history if cache.layout.opened else ())
                 assert len(set(cache.table) & lost) < len(lost)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -27,11 +29,11 @@ def case_on(name: str, **changes: object) -> Case:
     tile = TILES[name]
     if tile.hopper_splits and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a GPU of compute capability 9.0")
-    settings = {
+    settings: dict[str, Any] = {
         "d": 128, "queries": 128, "own": 128, "tokens": 128, "offsets": (-9, -5, -2), "dtype": torch.bfloat16,
         "page_lse": not tile.hopper_splits, "device": "cuda", "tile": tile,
     }  # fmt: skip
-    return Case(**(settings | changes))  # type: ignore[arg-type]
+    return Case(**(settings | changes))
 
 
 @pytest.mark.parametrize("tile", TILES)
