@@ -101,6 +101,10 @@ def test_copies_keep_step_with_the_gpu(spec: str, monkeypatch: pytest.MonkeyPatc
     for _ in range(36):
         assert torch.equal(offloaded.step_chunk().latents, whole.step_chunk().latents)
     assert offloaded.cache.bytes_moved > 0
+    # nor do the latents of a long history lie on the device, also after a restore
+    offloaded.restore(*offloaded.state())
+    assert {t.device.type for t in offloaded.window_latents.values()} == {"cpu"}
+    assert torch.equal(offloaded.step_chunk().latents, whole.step_chunk().latents)
 
 
 def test_guided(model: CausalWanTransformer3DModel) -> None:
@@ -190,12 +194,6 @@ def test_a_checkpoint_does_without_pages_that_cannot_be_read(
     again = Checkpoints(tmp_path / "checkpoints", 1)
     assert again.load(whole.restore, whole, 99) == 20
     assert torch.equal(rollout.step_chunk().latents, whole.step_chunk().latents)
-
-
-def test_latents_of_a_long_history_are_on_the_host(model: CausalWanTransformer3DModel) -> None:
-    rollout, _ = pair(model, SELECTING)
-    rollout.step_chunk()
-    assert {t.device.type for t in rollout.window_latents.values()} == {"cpu"}
 
 
 def test_what_is_remembered_of_openings_lies_in_common_pools_only(

@@ -804,7 +804,8 @@ class Rollout:
         self.chunk, self.schedule, self.path = chunk, schedule, path
         self.revision += 1
         self.prefix_chunks, self.prefix_frames = prefix
-        self.window_latents, self.context_frames = latents, contexts
+        self.window_latents = {frame: self._laid_by(tensor) for frame, tensor in latents.items()}
+        self.context_frames = contexts
 
     def _kept(
         self, name: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any], shape: tuple[int, ...],
@@ -904,9 +905,7 @@ class Rollout:
         else:
             self._clean_pass(latents)
         for i in range(frames):
-            kept = latents[:, i].clone()
-            # a history that has no room on the device needs none there for its latents
-            self.window_latents[start + i] = kept.cpu() if self.cache.spec.device_gb else kept
+            self.window_latents[start + i] = self._laid_by(latents[:, i].clone())
         self._drop_latents()
         self.chunk += 1
         self.revision += 1
@@ -916,6 +915,10 @@ class Rollout:
         """A chunk of the way from one prompt to another is done."""
         if self._transition is not None and self._transition.advance():
             self.text, self._transition = self._transition.after, None
+
+    def _laid_by(self, latents: Tensor) -> Tensor:
+        """A history that has no room on the device needs none there for its latents."""
+        return latents.cpu() if self.cache.spec.device_gb else latents
 
     def _forget_lost(self) -> None:
         """Drop frames that a disk could not keep, and their latents."""
